@@ -1,0 +1,98 @@
+# Every target does its own set-up into .venv; a second run reuses it. `make help` lists them.
+#
+#   PYTHON=python3.12 make test    another Python (kept until another is named)
+#   TORCH=2.14.1 make build        another torch than the default; what was built against the old one is rebuilt
+#   make demo ARGS="--seeds 5"     arguments for the program that the target runs
+
+TORCH ?= 2.13.0
+VENV  ?= .venv
+ARGS  ?=
+# Without a wish of the user's, the Python that .venv was made from.
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(if $(and $(wildcard $(VENV)/.python),$(wildcard $(VENV)/bin/python)),$(VENV)/bin/python,python3)
+endif
+
+PY          := $(VENV)/bin/python
+PIP         := $(PY) -m pip --disable-pip-version-check
+CONSTRAINTS := $(VENV)/constraints.txt
+# Always run: ninja knows what there is to do.
+BUILD       := $(PY) setup.py -q build_ext
+SANITIZED   := build/sanitize
+CPP          = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test build lint format bench sanitize wheel clean FORCE
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.extra-demo ## train on Fashion-MNIST: plain, SAM and F-SAM
+	$(BUILD) --inplace
+	$(PY) examples/fashion_mnist.py $(ARGS)
+
+test: $(VENV)/.extra-dev ## run the tests
+	$(BUILD) --inplace
+	$(PY) -m pytest $(ARGS)
+
+build: $(VENV)/.extra-build ## build the extension in the source tree
+	$(BUILD) --inplace
+
+lint: $(VENV)/.extra-dev ## check style: ruff and clang-format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.extra-dev ## put the style right
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+bench: $(VENV)/.extra-bench ## compare with every peer; rows go to bench/results
+	$(BUILD) --inplace
+	$(PY) bench/run.py $(ARGS)
+
+# The sanitizers' runtimes have to be loaded before Python's own libraries. libstdc++ comes with them: they look for
+# its exception functions when they start, and Python itself does not bring it.
+sanitize: $(VENV)/.extra-dev ## run the conformance tests under AddressSanitizer and UBSan
+	FSAM_SANITIZE=1 $(BUILD) --build-lib $(SANITIZED)
+	preload=$$(ldd $(SANITIZED)/fsam_ext/_C.abi3.so | awk '/lib(asan|ubsan|stdc)/ {printf "%s ", $$3}') && \
+	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	FSAM_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/fsam_ext \
+	$(PY) -m pytest $(wildcard tests/test_conformance.py tests/test_table.py) $(ARGS)
+
+wheel: $(VENV)/.extra-build ## a wheel and an sdist in dist/
+	rm -rf build/lib.* build/bdist.* dist
+	$(PY) -m build --no-isolation
+
+clean: ## remove what the targets above have made, .venv included
+	rm -rf build dist *.egg-info $(VENV) .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find fsam_ext tests bench examples -name __pycache__ -prune -exec rm -rf {} +
+	rm -f fsam_ext/*.so
+
+# Stamps. Each holds what it was made for and is rewritten only when that changes, so what follows is redone only then.
+
+$(VENV)/.python: FORCE
+	@id=$$($(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10); print(sys.base_prefix, *sys.version_info[:3])') \
+	|| { echo "fsam_ext: Python 3.10 or later is needed, and $(PYTHON) is not; name one with PYTHON=." >&2; exit 1; }; \
+	if [ "$$id" != "$$(cat $@ 2>/dev/null)" ]; then \
+	    $(PYTHON) -m venv --clear $(VENV) && printf '%s\n' "$$id" > $@; \
+	fi
+
+# torch comes first and alone, by its exact version; from then on the constraints keep it.
+$(VENV)/.torch: $(VENV)/.python FORCE
+	@if [ "$(TORCH)" != "$$(cat $@ 2>/dev/null)" ] || [ $(VENV)/.python -nt $@ ]; then \
+	    echo "Installing torch $(TORCH) into $(VENV)" && \
+	    $(PIP) install "torch==$(TORCH)" && \
+	    $(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(CONSTRAINTS) && \
+	    printf '%s\n' "$(TORCH)" > $@; \
+	fi
+
+# The first of these to run also puts the source tree on the environment's path.
+$(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
+	$(PIP) install -q -c $(CONSTRAINTS) "setuptools>=77" "ninja>=1.11"
+	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[$*]"
+	@touch $@
+
+.PRECIOUS: $(VENV)/.extra-%

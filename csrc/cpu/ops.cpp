@@ -1,0 +1,207 @@
+// The ops on CPU tensors: chunks over torch's own thread pool, the leaf loops of the best ISA
+// inside.
+
+#include <unistd.h>
+
+#include "../op_arguments.h"
+#include "isa.h"
+
+#ifndef FSAM_NAMESPACE
+#define FSAM_NAMESPACE fsam_ext
+#endif
+
+namespace fsam {
+namespace {
+
+// Fewer chunks than this are not worth waking a thread for.
+constexpr int64_t kChunksPerTask = 16;
+
+template <class Visit>
+void parallel_rows(const TensorTable& table, const Visit& visit) {
+  torch::stable::parallel_for(0, table.chunks, kChunksPerTask,
+                              [&](int64_t first, int64_t last) { table.for_rows(first, last, visit); });
+}
+
+// NOTE [streaming stores]
+// An ordinary store reads its line into the cache before it writes it. What a pass writes and the
+// next pass over the model reads only after everything else has gone by (the backup in pass B, the
+// weights in pass C) is written around the caches instead, unless the whole working set fits them:
+// then the next pass finds it there.
+bool worth_streaming(int64_t bytes) {
+  static const int64_t cache = [] {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const int64_t size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (size > 0) return size;
+#endif
+    return int64_t(32) << 20;
+  }();
+  return bytes > cache;
+}
+
+// An optional number that lives in a tensor of one element.
+double value_or(const OptionalTensor& tensor, const char* name, double otherwise) {
+  if (!tensor.has_value()) return otherwise;
+  if (dtype_of(*tensor) == dtype_number<double>()) return *small_data<double>(*tensor, name, 1, true);
+  return *small_data<float>(*tensor, name, 1, true);
+}
+
+double inverse_scale(const OptionalTensor& grad_scale) {
+  return 1.0 / value_or(grad_scale, "grad_scale", 1.0);
+}
+
+void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
+                const OptionalTensor& grad_scale, double sigma, double lmbda, bool adaptive, bool ema_updated,
+                const Tensor& partials, const Tensor& stats) {
+  double* total = small_data<double>(stats, "stats", kStatistics, true);
+  std::fill(total, total + kStatistics, 0.0);
+  dispatch_storage(params, [&](auto storage) {
+    using T = decltype(storage);
+    using S = compute_t<T>;
+    const Arguments args = arguments(params, &grads, offsets);
+    const S* average = flat_data<S>(ema, "ema", args.table, true);
+    S* slots = small_data<S>(partials, "partials", args.table.chunks * kStatistics, true);
+    const Ema kind = ema_kind(average != nullptr, ema_updated);
+    const auto scalars = ascent_scalars<S>(inverse_scale(grad_scale), sigma, lmbda, 0.0);
+    const auto leaf = isa_loops().of<T>().noise_norm;
+    parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i += kChunk) {
+        leaf(static_cast<const T*>(row.param) + i, static_cast<const T*>(row.grad) + i,
+             average ? average + row.offset + i : nullptr, std::min(kChunk, end - i), kind, adaptive, scalars,
+             slots + (row.first_chunk + i / kChunk) * kStatistics);
+      }
+    });
+    for (int64_t chunk = 0; chunk < args.table.chunks; ++chunk)
+      for (int k = 0; k < kStatistics; ++k) total[k] += slots[chunk * kStatistics + k];
+  });
+}
+
+void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
+             const Tensor& backup, const Tensor& stats, const OptionalTensor& grad_scale, double rho,
+             const OptionalTensor& rho_tensor, double sigma, double lmbda, double eps, bool adaptive,
+             bool ema_updated) {
+  dispatch_storage(params, [&](auto storage) {
+    using T = decltype(storage);
+    using S = compute_t<T>;
+    const Arguments args = arguments(params, &grads, offsets);
+    S* average = flat_data<S>(ema, "ema", args.table, true);
+    T* saved = flat_data<T>(backup, "backup", args.table, true);
+    const double noise_sq = *small_data<double>(stats, "stats", kStatistics, true);
+    const Ema kind = ema_kind(average != nullptr, ema_updated);
+    const double step_length = perturbation_step_length(noise_sq, value_or(rho_tensor, "rho_tensor", rho), eps);
+    const auto scalars = ascent_scalars<S>(inverse_scale(grad_scale), sigma, lmbda, step_length);
+    const bool finite = is_finite(noise_sq);
+    const bool stream = worth_streaming(args.table.numel * int64_t(3 * sizeof(T) + sizeof(S)));
+    const auto leaf = isa_loops().of<T>().perturb;
+    parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
+      T* w = static_cast<T*>(row.param) + begin;
+      T* to = saved + row.offset + begin;
+      if (finite) {
+        leaf(w, static_cast<const T*>(row.grad) + begin, average ? average + row.offset + begin : nullptr, to,
+             end - begin, kind, adaptive, scalars, stream);
+      } else {
+        std::memcpy(to, w, (end - begin) * sizeof(T));
+      }
+    });
+  });
+}
+
+void restore(const Tensors& params, const Tensor& offsets, const Tensor& backup) {
+  dispatch_storage(params, [&](auto storage) {
+    using T = decltype(storage);
+    const Arguments args = arguments(params, nullptr, offsets);
+    const T* saved = flat_data<T>(backup, "backup", args.table, true);
+    parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
+      std::memcpy(static_cast<T*>(row.param) + begin, saved + row.offset + begin, (end - begin) * sizeof(T));
+    });
+  });
+}
+
+// Whether pass C only restores: the ascent or the scaler met a non-finite gradient.
+bool update_is_skipped(const OptionalTensor& stats, const OptionalTensor& found_inf) {
+  return !is_finite(value_or(stats, "stats", 0.0)) || value_or(found_inf, "found_inf", 0.0) != 0;
+}
+
+// What the two fused bases share: update(w, g, saved, row, begin, n, stream) on each row, or the
+// plain restore.
+template <class T, class Update>
+void restore_and_update(const Arguments& args, const T* saved, bool skip, int64_t bytes_per_element,
+                        const Update& update) {
+  const bool stream = worth_streaming(args.table.numel * bytes_per_element);
+  parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
+    T* w = static_cast<T*>(row.param) + begin;
+    const T* from = saved ? saved + row.offset + begin : nullptr;
+    if (!skip) {
+      update(w, static_cast<const T*>(row.grad) + begin, from, row, begin, end - begin, stream);
+    } else if (from) {
+      std::memcpy(w, from, (end - begin) * sizeof(T));
+    }
+  });
+}
+
+void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
+                 const OptionalTensor& momentum_buffer, const OptionalTensor& stats, const OptionalTensor& grad_scale,
+                 const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double momentum,
+                 double dampening, double weight_decay, bool nesterov, bool maximize) {
+  dispatch_storage(params, [&](auto storage) {
+    using T = decltype(storage);
+    using S = compute_t<T>;
+    const Arguments args = arguments(params, &grads, offsets);
+    const T* saved = flat_data<T>(backup, "backup", args.table, true);
+    S* buffer = flat_data<S>(momentum_buffer, "momentum_buffer", args.table, true);
+    const auto scalars = sgd_scalars<S>(inverse_scale(grad_scale), value_or(lr_tensor, "lr_tensor", lr), momentum,
+                                        dampening, weight_decay, nesterov, maximize);
+    const auto leaf = isa_loops().of<T>().restore_sgd;
+    restore_and_update<T>(args, saved, update_is_skipped(stats, found_inf), 3 * sizeof(T) + sizeof(S),
+                          [&](T* w, const T* g, const T* from, const Row& row, int64_t begin, int64_t n, bool stream) {
+                            leaf(w, g, from, buffer ? buffer + row.offset + begin : nullptr, n, scalars, stream);
+                          });
+  });
+}
+
+void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
+                  const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& steps, const OptionalTensor& stats,
+                  const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
+                  const OptionalTensor& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
+                  bool decoupled, bool maximize) {
+  dispatch_storage(params, [&](auto storage) {
+    using T = decltype(storage);
+    using S = compute_t<T>;
+    const Arguments args = arguments(params, &grads, offsets);
+    const T* saved = flat_data<T>(backup, "backup", args.table, true);
+    S* first = flat_data<S>(exp_avg, "exp_avg", args.table, true);
+    S* second = flat_data<S>(exp_avg_sq, "exp_avg_sq", args.table, true);
+    const float* step = small_data<float>(steps, "steps", int64_t(params.size()), true);
+    const double rate = value_or(lr_tensor, "lr_tensor", lr);
+    const auto scalars =
+        adam_scalars<S>(inverse_scale(grad_scale), rate, beta1, beta2, eps, weight_decay, decoupled, maximize);
+    const auto leaf = isa_loops().of<T>().restore_adam;
+    const Row* rows = args.table.rows.data();
+    restore_and_update<T>(args, saved, update_is_skipped(stats, found_inf), 3 * sizeof(T) + 2 * sizeof(S),
+                          [&](T* w, const T* g, const T* from, const Row& row, int64_t begin, int64_t n, bool stream) {
+                            const auto correction = bias_correction<S>(rate, beta1, beta2, step[&row - rows]);
+                            const int64_t at = row.offset + begin;
+                            leaf(w, g, from, first + at, second + at, n, scalars, correction, stream);
+                          });
+  });
+}
+
+std::string cpu_isa() {
+  return isa_loops().name;
+}
+
+}  // namespace
+}  // namespace fsam
+
+#define FSAM_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+
+FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, CPU, m) {
+  m.impl("noise_norm", TORCH_BOX(&fsam::noise_norm));
+  m.impl("perturb", TORCH_BOX(&fsam::perturb));
+  m.impl("restore", TORCH_BOX(&fsam::restore));
+  m.impl("restore_sgd", TORCH_BOX(&fsam::restore_sgd));
+  m.impl("restore_adam", TORCH_BOX(&fsam::restore_adam));
+}
+
+FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&fsam::cpu_isa));
+}

@@ -1,0 +1,211 @@
+// The maths of F-SAM and of its fused base optimizers, per element, for host and device.
+//
+// No torch, no threads, no memory access. `V` is a value: float or double on a GPU, a vector of
+// lanes on a CPU (cpu/lanes.h overloads what is used here). `S` is the scalar type of V. Sources:
+// Li et al., "Friendly Sharpness-Aware Minimization", CVPR 2024 (arXiv 2403.12350), and its
+// official code; torch.optim for the bases.
+//
+// Every line is written as separate multiplications and additions, and all compilers are told not
+// to contract them: the kernels wait for memory, so it costs nothing, and each backend gives the
+// same bits for the same norm.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FSAM_FN __host__ __device__ __forceinline__
+#else
+#define FSAM_FN inline __attribute__((always_inline))
+#endif
+
+namespace fsam {
+
+// ---- What a value must offer; the scalar versions
+// --------------------------------------------------------------
+
+FSAM_FN bool is_nan(float x) {
+  return x != x;
+}
+FSAM_FN bool is_nan(double x) {
+  return x != x;
+}
+FSAM_FN bool is_finite(float x) {
+  return x - x == 0;
+}
+FSAM_FN bool is_finite(double x) {
+  return x - x == 0;
+}
+FSAM_FN float select(bool condition, float a, float b) {
+  return condition ? a : b;
+}
+FSAM_FN double select(bool condition, double a, double b) {
+  return condition ? a : b;
+}
+FSAM_FN float square_root(float x) {
+  return ::sqrtf(x);
+}
+FSAM_FN double square_root(double x) {
+  return ::sqrt(x);
+}
+
+// ---- The ascent
+// ------------------------------------------------------------------------------------------------
+
+// How the noise d uses the gradient's moving average m:
+enum class Ema : int {
+  none,      // d = g                   SAM, ASAM; no average exists
+  previous,  // d = g - sigma * m_prev  the official code
+  updated,   // d = g - sigma * m_new   Algorithm 1 of the paper
+};
+
+template <class S>
+struct AscentScalars {
+  S inverse_scale;    // 1 / loss scale: gradients are unscaled where they are read
+  S sigma;            // projection
+  S lmbda;            // decay of the average
+  S one_minus_lmbda;  // rounded once, from double
+  S step_length;      // rho / (norm + eps); pass B only
+};
+
+template <class S>
+FSAM_FN AscentScalars<S> ascent_scalars(double inverse_scale, double sigma, double lmbda, double step_length) {
+  return {S(inverse_scale), S(sigma), S(lmbda), S(1.0 - lmbda), S(step_length)};
+}
+
+// rho / (norm + eps), and 0 for a zero norm: no direction, no perturbation, no NaN even where eps
+// is 0.
+FSAM_FN double perturbation_step_length(double noise_sq, double rho, double eps) {
+  return noise_sq > 0 ? rho / (::sqrt(noise_sq) + eps) : 0.0;
+}
+
+// NOTE [an unset state is NaN]
+// The first finite gradient becomes the average itself (m = g, as in the official code), and
+// likewise torch's SGD takes the first gradient as its momentum buffer whatever the dampening.
+// Which gradient was the first cannot be known on the host: a step may have been skipped on the
+// device because of an inf. So a buffer that has seen no gradient is filled with NaN, and each
+// element tells for itself that it is unset. No finite update ever leaves a NaN behind (pass B runs
+// only where the norm is finite), so the mark cannot be mistaken; it survives checkpoints and
+// resharding, and it costs no flag, no launch and no synchronisation.
+template <class V, class S>
+FSAM_FN V ema_update(V ema, V g, S lmbda, S one_minus_lmbda) {
+  return select(is_nan(ema), g, lmbda * ema + one_minus_lmbda * g);
+}
+
+// The value of an average or momentum that may be unset.
+template <class V>
+FSAM_FN V known(V state) {
+  return select(is_nan(state), V(0), state);
+}
+
+// The noise component d of the gradient.
+template <Ema kEma, class V, class S>
+FSAM_FN V noise(V g, V ema, const AscentScalars<S>& s) {
+  if constexpr (kEma == Ema::none) return g;
+  if constexpr (kEma == Ema::previous) return g - s.sigma * known(ema);
+  return g - s.sigma * ema_update(ema, g, s.lmbda, s.one_minus_lmbda);
+}
+
+// The summands of pass A.
+template <class V>
+struct Statistics {
+  V noise_sq{0}, grad_sq{0}, grad_dot_ema{0}, ema_sq{0}, nonfinite{0};
+};
+constexpr int kStatistics = 5;
+
+template <Ema kEma, bool kAdaptive, class V, class S>
+FSAM_FN void accumulate(Statistics<V>& sums, V w, V scaled_g, V ema, const AscentScalars<S>& s) {
+  const V g = scaled_g * s.inverse_scale;
+  V d = noise<kEma>(g, ema, s);
+  if constexpr (kAdaptive) d = w * d;  // (|w| d)^2 = (w d)^2
+  sums.noise_sq = sums.noise_sq + d * d;
+  sums.grad_sq = sums.grad_sq + g * g;
+  if constexpr (kEma != Ema::none) {
+    const V m = known(ema);
+    sums.grad_dot_ema = sums.grad_dot_ema + g * m;
+    sums.ema_sq = sums.ema_sq + m * m;
+  }
+  sums.nonfinite = sums.nonfinite + select(is_finite(g), V(0), V(1));
+}
+
+// w + rho * d / (norm + eps), adaptive: w + rho * |w|^2 * d / (norm + eps); in the order of the
+// official code.
+template <bool kAdaptive, class V, class S>
+FSAM_FN V perturbed(V w, V d, S step_length) {
+  if constexpr (kAdaptive) return w + w * w * d * step_length;
+  return w + d * step_length;
+}
+
+// ---- The base updates
+// ------------------------------------------------------------------------------------------
+
+template <class S>
+struct SgdScalars {
+  S inverse_scale, lr, momentum, one_minus_dampening, weight_decay;
+  bool nesterov, maximize;
+};
+
+template <class S>
+FSAM_FN SgdScalars<S> sgd_scalars(double inverse_scale, double lr, double momentum, double dampening,
+                                  double weight_decay, bool nesterov, bool maximize) {
+  return {S(inverse_scale), S(lr), S(momentum), S(1.0 - dampening), S(weight_decay), nesterov, maximize};
+}
+
+// torch.optim.SGD. kMomentum: a buffer exists.
+template <bool kMomentum, class V, class S>
+FSAM_FN V sgd(V w, V scaled_g, V& momentum_buffer, const SgdScalars<S>& s) {
+  V g = scaled_g * s.inverse_scale;
+  if (s.maximize) g = -g;
+  if (s.weight_decay != 0) g = g + s.weight_decay * w;
+  if constexpr (kMomentum) {
+    momentum_buffer = select(is_nan(momentum_buffer), g, s.momentum * momentum_buffer + s.one_minus_dampening * g);
+    g = s.nesterov ? g + s.momentum * momentum_buffer : momentum_buffer;
+  }
+  return w - s.lr * g;
+}
+
+template <class S>
+struct AdamScalars {
+  S inverse_scale, weight_decay, keep, one_minus_beta1, beta2, one_minus_beta2, eps;
+  bool decoupled, maximize;
+};
+
+// keep = 1 - lr * weight_decay: what AdamW's decoupled decay leaves of a weight.
+template <class S>
+FSAM_FN AdamScalars<S> adam_scalars(double inverse_scale, double lr, double beta1, double beta2, double eps,
+                                    double weight_decay, bool decoupled, bool maximize) {
+  return {S(inverse_scale), S(weight_decay), S(1.0 - lr * weight_decay),
+          S(1.0 - beta1),   S(beta2),        S(1.0 - beta2),
+          S(eps),           decoupled,       maximize};
+}
+
+// The bias corrections depend on the row's step count: one pair for each row.
+template <class S>
+struct BiasCorrection {
+  S step_size;    // lr / (1 - beta1^step)
+  S sqrt_second;  // sqrt(1 - beta2^step)
+};
+
+template <class S>
+FSAM_FN BiasCorrection<S> bias_correction(double lr, double beta1, double beta2, double step) {
+  return {S(lr / (1.0 - ::pow(beta1, step))), S(::sqrt(1.0 - ::pow(beta2, step)))};
+}
+
+// torch.optim.Adam, and AdamW where `decoupled`.
+template <class V, class S>
+FSAM_FN V adam(V w, V scaled_g, V& exp_avg, V& exp_avg_sq, const AdamScalars<S>& s,
+               const BiasCorrection<S>& correction) {
+  V g = scaled_g * s.inverse_scale;
+  if (s.maximize) g = -g;
+  if (s.decoupled) {
+    w = w * s.keep;
+  } else if (s.weight_decay != 0) {
+    g = g + s.weight_decay * w;
+  }
+  exp_avg = exp_avg + s.one_minus_beta1 * (g - exp_avg);
+  exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * (g * g);
+  const V denominator = square_root(exp_avg_sq) / correction.sqrt_second + s.eps;
+  return w - correction.step_size * (exp_avg / denominator);
+}
+
+}  // namespace fsam

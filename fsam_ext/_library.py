@@ -1,0 +1,28 @@
+"""Finds and loads the compiled libraries; remembers why one could not be loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+# A directory to take the libraries from instead of the package's own: a sanitizer build, for example.
+LIBRARY_DIR = Path(os.environ.get("FSAM_LIBRARY_DIR") or Path(__file__).parent)
+
+
+def load(name: str) -> str | None:
+    """Loads ``{name}.abi3.so``; returns None, or the reason why it cannot be used."""
+    path = LIBRARY_DIR / f"{name}.abi3.so"
+    if not path.exists():
+        return f"{path} does not exist: it was not built"
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        return f"{path} does not load: {error}"
+    return None
+
+
+# Order matters: the CUDA library adds kernels to the ops that the first one defines.
+CPU_REASON = load("_C")
+CUDA_REASON = CPU_REASON or load("_C_cuda")

@@ -1,0 +1,85 @@
+"""Which backend serves a device, and why: see README.md in this folder for the contract that a backend signs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .. import _library, ops
+from . import reference
+
+logger = logging.getLogger("fsam_ext")
+
+# NOTE [no silent fallback]
+# What was asked for is what runs, or an error says why it cannot. Without a wish, the fastest backend that is there
+# runs, and where that is not the compiled one a warning is logged once that says why.
+
+
+def _dispatcher(namespace: str) -> SimpleNamespace:
+    """The ops of a torch library, as overloads: an attribute less to resolve in each call."""
+    packets = getattr(torch.ops, namespace)
+    return SimpleNamespace(**{name: getattr(packets, name).default for name in ops.NAMES})
+
+
+def _compiled(device_type: str, reason: str | None):
+    """A candidate that serves one type of device through the dispatcher."""
+
+    def candidate(device: torch.device) -> tuple[Any, str | None]:
+        if reason is not None:
+            return None, reason
+        if device.type != device_type:
+            return None, f"it serves {device_type} tensors only"
+        return _dispatcher("fsam_ext"), None
+
+    return candidate
+
+
+# name -> function from a device to (backend, None) or (None, the reason why it cannot serve). In order of preference.
+CANDIDATES = {
+    "cpu": _compiled("cpu", _library.CPU_REASON),
+    "cuda": _compiled("cuda", _library.CUDA_REASON),
+    "reference": lambda device: (reference, None),
+}
+_logged: set[str] = set()
+
+
+def resolve(name: str | None, device: torch.device) -> Any:
+    """Returns the backend called ``name`` for ``device``; without a name, the best one that serves it.
+
+    The environment variable ``FSAM_BACKEND`` stands in for a missing name.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend is not built, or does not serve the device; the message says why.
+    """
+    name = name or os.environ.get("FSAM_BACKEND") or None
+    if name is not None:
+        check_name(name)
+        backend, reason = CANDIDATES[name](device)
+        if backend is None:
+            raise RuntimeError(f"backend '{name}' cannot serve {device}: {reason}; choose another backend or build it")
+        return backend
+    reasons = []
+    for candidate_name, candidate in CANDIDATES.items():
+        backend, reason = candidate(device)
+        if backend is not None:
+            if backend is reference and device.type not in _logged:
+                _logged.add(device.type)
+                logger.warning(
+                    "fsam_ext runs its plain PyTorch reference on %s: %s",
+                    device.type,
+                    "; ".join(reasons),
+                )
+            return backend
+        reasons.append(f"backend '{candidate_name}': {reason}")
+    raise AssertionError("the reference serves every device")
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError where no backend is called ``name``."""
+    if name not in CANDIDATES:
+        raise ValueError(f"backend must be one of {', '.join(CANDIDATES)}, not {name!r}")

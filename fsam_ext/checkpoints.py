@@ -1,0 +1,43 @@
+"""What a checkpoint of this package, of the official F-SAM code or of a plain torch optimizer holds, in our names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+# What the official code keeps for each parameter. The perturbed and the saved copies are of no use later.
+OFFICIAL_STATE = {"momentum": "ema", "old_p": None, "first_grad": None, "e_w": None}
+
+# State that has its parameter's shape.
+SHAPED = ("ema", "momentum_buffer", "exp_avg", "exp_avg_sq")
+
+
+def translate(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A checkpoint with state in our names, and with the present options for those that it lacks."""
+    saved_groups = state_dict["param_groups"]
+    groups = [
+        {**{name: value for name, value in mine.items() if name not in ("params", "param_names")}, **saved}
+        for mine, saved in zip(param_groups, saved_groups)
+    ]
+    state = {
+        key: {
+            OFFICIAL_STATE.get(name, name): value
+            for name, value in entry.items()
+            if OFFICIAL_STATE.get(name, name) is not None
+        }
+        for key, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state, "param_groups": groups + saved_groups[len(groups) :]}
+
+
+def entries(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> list[tuple[Tensor, str, Tensor]]:
+    """(parameter, name, value) of every tensor in the state, by position as torch does it."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    params = [param for group in param_groups for param in group["params"]]
+    return [
+        (param, name, value)
+        for key, param in zip(keys, params)
+        for name, value in state_dict["state"].get(key, {}).items()
+        if isinstance(value, Tensor)
+    ]

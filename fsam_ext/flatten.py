@@ -1,0 +1,108 @@
+"""Parameters (and gradients) of a module laid out in one flat buffer: a step then sees one row whatever the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .flat_state import aligned_numel, memory_view
+
+
+class FlatParameters:
+    """The flat buffers behind some parameters of one dtype on one device.
+
+    Attributes:
+        data: 1-d tensor that holds every parameter, each starting on a line of 128 bytes.
+        grad: 1-d tensor of the same layout that holds every gradient, or None.
+        offset: parameter -> position of its first element.
+        grad_view: parameter -> the view of ``grad`` that is its ``.grad``.
+    """
+
+    def __init__(self, params: list[nn.Parameter], grads: bool) -> None:
+        self.offset: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.grad_view: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        first = params[0]
+        numel = 0
+        for param in params:
+            self.offset[param] = numel
+            numel += aligned_numel(param.numel(), param.dtype)
+        self.data = torch.zeros(numel, dtype=first.dtype, device=first.device)
+        self.grad: Tensor | None = torch.zeros_like(self.data) if grads else None
+        for param in params:
+            view = memory_view(self.data, self.offset[param], param.data)
+            view.copy_(param.data)
+            param.data = view
+            if self.grad is not None:
+                grad = memory_view(self.grad, self.offset[param], param.data)
+                if param.grad is not None:
+                    grad.copy_(param.grad)
+                self.grad_view[param] = param.grad = grad
+            REGISTRY[param] = self
+
+    def zero_grad(self) -> None:
+        """Zeroes all gradients in one pass and puts back the views that ``set_to_none`` may have taken away."""
+        assert self.grad is not None
+        for param, view in self.grad_view.items():
+            if param.grad is not view:
+                param.grad = view
+        self.grad.zero_()
+
+
+# Parameter -> the FlatParameters it lives in.
+REGISTRY: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def flatten_parameters(module: nn.Module, grads: bool = False) -> list[FlatParameters]:
+    """Moves a module's trainable parameters into one flat buffer for each dtype and device.
+
+    A step is then three launches over one segment, whatever the number of parameters. Values, shapes and strides stay;
+    every parameter becomes a view, which code that compares storages (safetensors, pointer-sharing tools, FSDP2) sees.
+    Call it once the module is on its device and in its dtype, before or after the optimizer is made.
+
+    Args:
+        module: its parameters that require a gradient are moved; frozen ones stay where they are.
+        grads: lay the gradients out the same way. They are then kept, and zeroed in one pass, by the ``zero_grad`` of
+            this package's optimizers; gradients that something else replaces are found, and cost the one-row layout
+            but not correctness.
+
+    Returns:
+        One :class:`FlatParameters` for each dtype and device.
+
+    Raises:
+        TypeError: a parameter is no plain tensor (a DTensor, say).
+        ValueError: a parameter is on the meta device, sparse, or has gaps or overlaps in memory.
+    """
+    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for name, param in module.named_parameters():
+        if not param.requires_grad:
+            continue
+        if type(param.data) is not Tensor:
+            raise TypeError(
+                f"flatten_parameters cannot move parameter '{name}' of type {type(param.data).__name__}; "
+                "leave sharded or wrapped modules unflattened"
+            )
+        if param.is_meta or param.layout != torch.strided:
+            raise ValueError(
+                f"flatten_parameters cannot move parameter '{name}' ({param.device}, {param.layout}); "
+                "materialise it as a dense tensor first"
+            )
+        if not is_dense(param):
+            raise ValueError(
+                f"flatten_parameters cannot move parameter '{name}' with strides {tuple(param.stride())}: it has gaps "
+                "or overlaps in memory; call .contiguous() on it"
+            )
+        kinds.setdefault((param.dtype, param.device), []).append(param)
+    return [FlatParameters(params, grads) for params in kinds.values()]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory without gaps or overlap, in any order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True

@@ -1,0 +1,217 @@
+"""The five ops that every backend implements: typed wrappers, their documentation, and their fake kernels.
+
+``backend`` is what :func:`fsam_ext.backends.resolve` returns. ``params`` and ``grads`` are lists of tensors, one a row:
+of one dtype (float64, float32, bfloat16, float16), on one device, dense in memory, gradients shaped like their
+parameters. Optimizer state comes as flat buffers in which row ``i`` owns the elements ``offsets[i]`` to
+``offsets[i] + params[i].numel()``, in the order in which the parameter's elements lie in memory. ``offsets`` is an
+int64 tensor on the CPU. The state's dtype is float32, and float64 for float64 parameters; a backup has the dtype of
+the parameters. ``stats`` is a float64 tensor of five elements, ``partials`` scratch in the dtype of the state with five
+elements for each chunk (:func:`count_chunks`). Small tensors live on the device of the parameters.
+
+All ops raise RuntimeError, before they write anything, for arguments that do not fit this description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+# The unit of the norm's partial sums; csrc/tensor_table.h has the same number and the reason for it.
+CHUNK = 4096
+STATISTICS = 5
+NAMES = ("noise_norm", "perturb", "restore", "restore_sgd", "restore_adam")
+
+
+def count_chunks(numels: Iterable[int]) -> int:
+    """Number of chunks that rows of these numbers of elements are cut into."""
+    return sum(-(-numel // CHUNK) for numel in numels)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic and state for parameters of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def noise_norm(
+    backend: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    offsets: Tensor,
+    ema: Tensor | None,
+    grad_scale: Tensor | None,
+    sigma: float,
+    lmbda: float,
+    adaptive: bool,
+    ema_updated: bool,
+    partials: Tensor,
+    stats: Tensor,
+) -> None:
+    """Pass A: writes ``stats`` = [sum |d|^2, sum |g|^2, sum g m, sum |m|^2, number of non-finite g] over all rows.
+
+    d = g - sigma m (``ema_updated``: with the m that pass B will write), adaptive: |w| d. ``ema=None`` means d = g.
+    Gradients are divided by ``grad_scale`` as they are read. The sums have the same bits for any number of threads.
+    """
+    backend.noise_norm(
+        params,
+        grads,
+        offsets,
+        ema,
+        grad_scale,
+        sigma,
+        lmbda,
+        adaptive,
+        ema_updated,
+        partials,
+        stats,
+    )
+
+
+def perturb(
+    backend: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    offsets: Tensor,
+    ema: Tensor | None,
+    backup: Tensor,
+    stats: Tensor,
+    grad_scale: Tensor | None,
+    rho: float,
+    rho_tensor: Tensor | None,
+    sigma: float,
+    lmbda: float,
+    eps: float,
+    adaptive: bool,
+    ema_updated: bool,
+) -> None:
+    """Pass B: backup = w; m = lmbda m + (1 - lmbda) g; w = w + rho d / (sqrt(stats[0]) + eps).
+
+    Adaptive: w = w + rho |w|^2 d / (...). Where ``stats[0]`` is not finite only the backup is written. Where it is zero
+    the step length is zero. An element of m that is NaN has seen no gradient yet: it counts as 0 in d and becomes g.
+    ``rho_tensor`` replaces ``rho`` where it is given.
+    """
+    backend.perturb(
+        params,
+        grads,
+        offsets,
+        ema,
+        backup,
+        stats,
+        grad_scale,
+        rho,
+        rho_tensor,
+        sigma,
+        lmbda,
+        eps,
+        adaptive,
+        ema_updated,
+    )
+
+
+def restore(backend: Any, params: Sequence[Tensor], offsets: Tensor, backup: Tensor) -> None:
+    """Pass C without a base: w = backup, bit for bit."""
+    backend.restore(params, offsets, backup)
+
+
+def restore_sgd(
+    backend: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    offsets: Tensor,
+    backup: Tensor | None,
+    momentum_buffer: Tensor | None,
+    stats: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    lr: float,
+    lr_tensor: Tensor | None,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    """Pass C with ``torch.optim.SGD``: w = sgd(backup, g), or sgd(w, g) where there is no backup.
+
+    Only restores where ``stats[0]`` is not finite or ``found_inf`` is not zero. An element of the momentum buffer that
+    is NaN has seen no gradient yet and becomes g. ``lr_tensor`` replaces ``lr`` where it is given.
+    """
+    backend.restore_sgd(
+        params,
+        grads,
+        offsets,
+        backup,
+        momentum_buffer,
+        stats,
+        grad_scale,
+        found_inf,
+        lr,
+        lr_tensor,
+        momentum,
+        dampening,
+        weight_decay,
+        nesterov,
+        maximize,
+    )
+
+
+def restore_adam(
+    backend: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    offsets: Tensor,
+    backup: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,
+    stats: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    lr: float,
+    lr_tensor: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+) -> None:
+    """Pass C with ``torch.optim.Adam``, or ``AdamW`` where ``decoupled``; otherwise like :func:`restore_sgd`.
+
+    ``steps`` (float32, one element a row) counts the updates of each row, this one included.
+    """
+    backend.restore_adam(
+        params,
+        grads,
+        offsets,
+        backup,
+        exp_avg,
+        exp_avg_sq,
+        steps,
+        stats,
+        grad_scale,
+        found_inf,
+        lr,
+        lr_tensor,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        decoupled,
+        maximize,
+    )
+
+
+# A fake kernel tells torch.compile what an op returns without running it: all of ours only mutate.
+def register_fakes(namespace: str) -> None:
+    """Registers the fake kernels of the ops in ``namespace``."""
+    for name in NAMES:
+        torch.library.register_fake(f"{namespace}::{name}", lambda *args, **kwargs: None)
+
+
+if _library.CPU_REASON is None:
+    register_fakes("fsam_ext")

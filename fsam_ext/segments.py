@@ -1,0 +1,129 @@
+"""Segments: the parameters of one group, dtype and device that take part in a pass, ready to be handed to an op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .flat_state import FlatState, aligned_numel
+from .flatten import REGISTRY
+
+
+def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects in the same order."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+class Segment:
+    """One op call's worth of parameters.
+
+    Attributes:
+        params: the optimizer's parameters.
+        rows: what the ops take as ``params``: the parameters, or whole runs of them where
+            ``flatten_parameters(module, grads=True)`` laid them one after the other.
+        offsets: int64 CPU tensor, the rows' positions in the flat state.
+        chunks: number of chunks of pass A.
+    """
+
+    def __init__(self, backend: Any, flat: FlatState, params: list[Tensor], grads: Sequence[Tensor]) -> None:
+        self.backend = backend
+        self.flat = flat
+        self.params = params
+        self.generation = flat.generation
+        self.rows = params
+        self._flat_grads: list[Tensor] | None = None
+        index = [flat.index[param] for param in params]
+        firsts = list(range(len(params)))
+        if _are_flattened(params, grads) and _steps_agree(flat, index):
+            firsts = _starts_of_runs(flat, params)
+            self._grads = list(grads)
+            self._addresses = [param.data_ptr() for param in params]
+            self.rows, self._flat_grads = _merged(params, firsts)
+        self.offsets = torch.tensor([flat.offset[params[i]] for i in firsts], dtype=torch.int64)
+        self.chunks = ops.count_chunks(row.numel() for row in self.rows)
+        scratch = self.chunks * ops.STATISTICS
+        if flat.partials.numel() < scratch:
+            flat.partials = flat.partials.new_empty(scratch)
+        self._step_index = _slice_or_index(index, flat.device)
+        self._row_index = _slice_or_index([index[i] for i in firsts], flat.device)
+
+    def is_current(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        """Whether this segment still describes these parameters and gradients."""
+        if self.generation != self.flat.generation or not same_objects(self.params, params):
+            return False
+        return self._flat_grads is None or (
+            same_objects(self._grads, grads) and self._addresses == list(map(Tensor.data_ptr, self.params))
+        )
+
+    def grad_rows(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The gradients as the ops take them, row by row."""
+        return grads if self._flat_grads is None else self._flat_grads
+
+    def advance_steps(self, stats: Tensor) -> Tensor:
+        """Counts one more update of each parameter, unless ``stats`` has it skipped; returns the rows' counts."""
+        steps = self.flat.buffers["step"]
+        applied = stats[0].isfinite().to(steps.dtype)
+        if isinstance(self._step_index, slice):
+            steps[self._step_index] += applied
+        else:
+            steps.index_add_(0, self._step_index, applied.expand(len(self._step_index)))
+        return steps[self._row_index]
+
+
+def _slice_or_index(index: list[int], device: torch.device) -> slice | Tensor:
+    """Positions as a slice where they are consecutive, which needs no gather."""
+    if index == list(range(index[0], index[0] + len(index))):
+        return slice(index[0], index[0] + len(index))
+    return torch.tensor(index, dtype=torch.int64, device=device)
+
+
+def _are_flattened(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Whether parameters and gradients are where ``flatten_parameters(module, grads=True)`` put them."""
+    for param, grad in zip(params, grads, strict=True):
+        flat = REGISTRY.get(param)
+        if flat is None or flat.grad is None or flat.grad_view.get(param) is not grad:
+            return False
+        if param.data_ptr() != flat.data.data_ptr() + flat.offset[param] * param.element_size():
+            return False
+    return True
+
+
+def _steps_agree(flat: FlatState, index: list[int]) -> bool:
+    """Whether one step count can stand for all: asked when a segment is made, not in a step."""
+    steps = flat.buffers.get("step")
+    if steps is None:
+        return True
+    steps = steps[torch.tensor(index, device=steps.device)]
+    return bool((steps == steps[0]).all())
+
+
+def _starts_of_runs(flat: FlatState, params: Sequence[Tensor]) -> list[int]:
+    """Where a parameter does not follow its predecessor both in the flat parameters and in the flat state."""
+    starts = [0]
+    for i in range(1, len(params)):
+        before, param = params[i - 1], params[i]
+        owner = REGISTRY[before]
+        step = aligned_numel(before.numel(), before.dtype)
+        if not (
+            REGISTRY[param] is owner
+            and owner.offset[param] == owner.offset[before] + step
+            and flat.offset[param] == flat.offset[before] + step
+        ):
+            starts.append(i)
+    return starts
+
+
+def _merged(params: Sequence[Tensor], starts: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """The runs as rows: (parameters, gradients). The padding between slices is zero and stays zero."""
+    rows, grads = [], []
+    for start, stop in zip(starts, [*starts[1:], len(params)], strict=True):
+        owner, last = REGISTRY[params[start]], params[stop - 1]
+        begin, end = owner.offset[params[start]], owner.offset[last] + last.numel()
+        rows.append(owner.data[begin:end])
+        grads.append(owner.grad[begin:end])
+    return rows, grads
