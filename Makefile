@@ -54,13 +54,14 @@ bench: $(VENV)/.extra-bench ## compare with every peer; rows go to bench/results
 	$(PY) bench/run.py $(ARGS)
 
 # The sanitizers' runtimes have to be loaded before Python's own libraries. libstdc++ comes with them: they look for
-# its exception functions when they start, and Python itself does not bring it.
+# its exception functions when they start, and Python itself does not bring it. pytest must not capture file descriptors,
+# or a report that ends the process is lost with it.
 sanitize: $(VENV)/.extra-dev ## run the conformance tests under AddressSanitizer and UBSan
 	FSAM_SANITIZE=1 $(BUILD) --build-lib $(SANITIZED)
 	preload=$$(ldd $(SANITIZED)/fsam_ext/_C.abi3.so | awk '/lib(asan|ubsan|stdc)/ {printf "%s ", $$3}') && \
 	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	FSAM_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/fsam_ext \
-	$(PY) -m pytest $(wildcard tests/test_conformance.py tests/test_table.py) $(ARGS)
+	$(PY) -m pytest --capture=sys $(wildcard tests/test_conformance.py tests/test_table.py) $(ARGS)
 
 wheel: $(VENV)/.extra-build ## a wheel and an sdist in dist/
 	rm -rf build/lib.* build/bdist.* dist

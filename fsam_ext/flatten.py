@@ -38,7 +38,7 @@ class FlatParameters:
                 if param.grad is not None:
                     grad.copy_(param.grad)
                 self.grad_view[param] = param.grad = grad
-            REGISTRY[param] = self
+            REGISTRY.add(param, self)
 
     def zero_grad(self) -> None:
         """Zeroes all gradients in one pass and puts back the views that ``set_to_none`` may have taken away."""
@@ -46,11 +46,32 @@ class FlatParameters:
         for param, view in self.grad_view.items():
             if param.grad is not view:
                 param.grad = view
+                REGISTRY.add(param, self)
         self.grad.zero_()
 
 
-# Parameter -> the FlatParameters it lives in.
-REGISTRY: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+class Registry:
+    """Which parameters live in which :class:`FlatParameters`.
+
+    ``generation`` changes when a parameter or a gradient has come (back) into a flat buffer, so that whoever found it
+    outside looks again.
+    """
+
+    def __init__(self) -> None:
+        self._owner: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.generation = 0
+
+    def add(self, param: Tensor, owner: FlatParameters) -> None:
+        """Notes where a parameter lives now."""
+        self._owner[param] = owner
+        self.generation += 1
+
+    def get(self, param: Tensor) -> FlatParameters | None:
+        """The owner of a parameter, or None."""
+        return self._owner.get(param)
+
+
+REGISTRY = Registry()
 
 
 def flatten_parameters(module: nn.Module, grads: bool = False) -> list[FlatParameters]:

@@ -369,8 +369,8 @@ class FriendlySAM(Optimizer):
 
         Args:
             closure: computes the loss, calls backward and returns the loss. Without perturbed weights it is called
-                twice; after first_step() it is called once, for the second pass. Gradients are cleared before each call.
-                If it raises, the weights are restored and the exception goes on.
+                twice; after first_step() it is called once, for the second pass. Gradients are cleared before each
+                call. If it raises, the weights are restored and the exception goes on.
 
         Returns:
             The closure's first loss: the one at the unperturbed weights (after first_step(): the perturbed one).

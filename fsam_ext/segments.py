@@ -35,6 +35,7 @@ class Segment:
         self.flat = flat
         self.params = params
         self.generation = flat.generation
+        self._registry_generation = REGISTRY.generation
         self.rows = params
         self._flat_grads: list[Tensor] | None = None
         index = [flat.index[param] for param in params]
@@ -56,9 +57,9 @@ class Segment:
         """Whether this segment still describes these parameters and gradients."""
         if self.generation != self.flat.generation or not same_objects(self.params, params):
             return False
-        return self._flat_grads is None or (
-            same_objects(self._grads, grads) and self._addresses == list(map(Tensor.data_ptr, self.params))
-        )
+        if self._flat_grads is None:
+            return self._registry_generation == REGISTRY.generation
+        return same_objects(self._grads, grads) and self._addresses == list(map(Tensor.data_ptr, params))
 
     def grad_rows(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """The gradients as the ops take them, row by row."""
@@ -107,10 +108,10 @@ def _starts_of_runs(flat: FlatState, params: Sequence[Tensor]) -> list[int]:
     starts = [0]
     for i in range(1, len(params)):
         before, param = params[i - 1], params[i]
-        owner = REGISTRY[before]
+        owner = REGISTRY.get(before)
         step = aligned_numel(before.numel(), before.dtype)
         if not (
-            REGISTRY[param] is owner
+            REGISTRY.get(param) is owner
             and owner.offset[param] == owner.offset[before] + step
             and flat.offset[param] == flat.offset[before] + step
         ):
@@ -122,7 +123,7 @@ def _merged(params: Sequence[Tensor], starts: list[int]) -> tuple[list[Tensor], 
     """The runs as rows: (parameters, gradients). The padding between slices is zero and stays zero."""
     rows, grads = [], []
     for start, stop in zip(starts, [*starts[1:], len(params)], strict=True):
-        owner, last = REGISTRY[params[start]], params[stop - 1]
+        owner, last = REGISTRY.get(params[start]), params[stop - 1]
         begin, end = owner.offset[params[start]], owner.offset[last] + last.numel()
         rows.append(owner.data[begin:end])
         grads.append(owner.grad[begin:end])

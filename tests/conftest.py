@@ -1,0 +1,40 @@
+"""What holds for every test: markers for machines and sizes, and fresh random numbers that a rerun can repeat."""
+
+import os
+
+import pytest
+import torch
+
+# Without a GPU, Triton kernels run in Triton's interpreter. It must be asked for before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Small tensors gain nothing from a second thread, and waiting for one on a busy machine costs minutes.
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--large", action="store_true", help="run the tests that need tens of GiB of memory")
+    parser.addoption("--seed", type=int, default=None, help="repeat a run with the seed that it printed")
+
+
+def pytest_configure(config):
+    seed = config.getoption("--seed")
+    config.fsam_seed = int.from_bytes(os.urandom(3), "big") if seed is None else seed
+
+
+def pytest_report_header(config):
+    return f"fsam_ext: random inputs from --seed {config.fsam_seed}"
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if item.get_closest_marker("large") and not config.getoption("--large"):
+            item.add_marker(pytest.mark.skip(reason="needs tens of GiB of memory: run with --large"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request):
+    torch.manual_seed(request.config.fsam_seed)
