@@ -14,22 +14,25 @@
 
 #include "formulas.h"
 #include "storage.h"
+#include "tensor_list.h"
 #include "tensor_table.h"
 
 namespace fsam {
 
 using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
+using Tensors = TensorList;
 using OptionalTensor = std::optional<Tensor>;
 
 // Comparing the shim's numbers is cheap; converting them to ScalarType asks the shim for every
 // dtype in turn.
-inline int32_t dtype_of(const Tensor& tensor) {
+template <class AnyTensor>
+int32_t dtype_of(const AnyTensor& tensor) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return dtype;
 }
-inline int32_t layout_of(const Tensor& tensor) {
+template <class AnyTensor>
+int32_t layout_of(const AnyTensor& tensor) {
   int32_t layout;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
   return layout;
@@ -63,7 +66,7 @@ void dispatch_storage(const Tensors& params, const Call& call) {
 
 // Whether the elements fill one block of memory without gaps or overlap, in any order of the
 // dimensions.
-inline bool is_dense(const Tensor& tensor) {
+inline bool is_dense(ListedTensor tensor) {
   if (tensor.is_contiguous()) return true;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   std::vector<std::pair<int64_t, int64_t>> dims;
@@ -78,14 +81,14 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-inline bool same_sizes(const Tensor& a, const Tensor& b) {
+inline bool same_sizes(ListedTensor a, ListedTensor b) {
   const auto x = a.sizes(), y = b.sizes();
   return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
 }
 
 // Whether equal positions in memory hold equal indices. A stride along a dimension of size 1 means
 // nothing.
-inline bool same_order(const Tensor& a, const Tensor& b) {
+inline bool same_order(ListedTensor a, ListedTensor b) {
   if (a.is_contiguous() && b.is_contiguous()) return true;
   const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
   for (size_t d = 0; d < sizes.size(); ++d)
@@ -96,7 +99,7 @@ inline bool same_order(const Tensor& a, const Tensor& b) {
 // The rows of a call, and what must live as long as they are in use.
 struct Arguments {
   TensorTable table;
-  Tensors reordered_grads;
+  std::vector<Tensor> reordered_grads;
 };
 
 // NOTE [gradients follow the parameter's layout]
@@ -105,7 +108,7 @@ struct Arguments {
 // format, may not. Such a gradient (and no other) is copied into the parameter's order for the time
 // of the call.
 inline Arguments arguments(const Tensors& params, const Tensors* grads, const Tensor& offsets) {
-  const auto check_strided = [](const Tensor& tensor, const char* list, size_t i) {
+  const auto check_strided = [](ListedTensor tensor, const char* list, size_t i) {
     STD_TORCH_CHECK(layout_of(tensor) == aoti_torch_layout_strided(), "fsam_ext: ", list, "[", i,
                     "] is sparse; only dense (strided) tensors are supported: use sparse=False, or to_dense()");
   };
@@ -123,7 +126,7 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
   const int32_t dtype = params.empty() ? 0 : dtype_of(params[0]);
   const int32_t device = params.empty() ? 0 : params[0].get_device_index();
   for (size_t i = 0; i < params.size(); ++i) {
-    const Tensor& param = params[i];
+    const ListedTensor param = params[i];
     check_strided(param, "params", i);
     STD_TORCH_CHECK(dtype_of(param) == dtype && param.get_device_index() == device, "fsam_ext: params[", i,
                     "] differs from params[0] in dtype or device; make one call for each dtype and device");
@@ -132,7 +135,7 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
                     ".contiguous() on it");
     const void* grad_data = nullptr;
     if (grads) {
-      const Tensor& grad = (*grads)[i];
+      const ListedTensor grad = (*grads)[i];
       check_strided(grad, "grads", i);
       STD_TORCH_CHECK(dtype_of(grad) == dtype, "fsam_ext: grads[", i,
                       "] has another dtype than its parameter; convert it");
@@ -142,8 +145,8 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
       if (same_order(param, grad)) {
         grad_data = grad.data_ptr();
       } else {
-        Tensor copy = torch::stable::empty_like(param);
-        torch::stable::copy_(copy, grad);
+        Tensor copy = torch::stable::empty_like(param.owned());
+        torch::stable::copy_(copy, grad.owned());
         grad_data = copy.data_ptr();
         result.reordered_grads.push_back(std::move(copy));
       }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ class State(Enum):
     CLEAN = "clean"
     PERTURBED = "perturbed"
     ASCENDED = "ascended"
+
+
+class Participant(NamedTuple):
+    """A segment that takes part in a pass, its options and its gradients, row by row."""
+
+    group: dict[str, Any]
+    segment: Segment
+    grads: Sequence[Tensor]
 
 
 class FriendlySAM(Optimizer):
@@ -181,24 +189,28 @@ class FriendlySAM(Optimizer):
 
     def _make_segments(self, group: dict[str, Any], params: list[Tensor]) -> list[Segment]:
         """Cuts parameters of one group by dtype and device, and gives each one its state."""
-        kinds: dict[FlatState, list[Tensor]] = {}
-        for param in params:
-            check_parameter(param, self._describe)
-            check_gradient(param, self._describe)
-            kinds.setdefault(self._flat_state(param), []).append(param)
         segments = []
-        for flat, members in kinds.items():
+        for flat, members in self._by_kind(params).items():
+            for param in members:
+                check_parameter(param, self._describe)
+                check_gradient(param, self._describe)
             flat.add(members)
             for name in self._state_names(group):
-                unset = 0.0 if name == "ema" and group["ema"] == "updated" else None
-                flat.publish(name, members, self.state, unset)
+                start = 0.0 if name == "ema" and group["ema"] == "updated" else None
+                flat.publish(name, members, self.state, start)
             flat.buffer("backup")
             backend = backends.resolve(self.backend, flat.device)
             segments.append(Segment(backend, flat, members, [param.grad for param in members]))
         return segments
 
-    def _current_segments(self) -> list[tuple[dict[str, Any], Segment]]:
-        """(group, segment) for every parameter that has a gradient now. Made anew only where something changed.
+    def _by_kind(self, params: Sequence[Tensor]) -> dict[FlatState, list[Tensor]]:
+        kinds: dict[FlatState, list[Tensor]] = {}
+        for param in params:
+            kinds.setdefault(self._flat_state(param), []).append(param)
+        return kinds
+
+    def _participants(self) -> list[Participant]:
+        """Every parameter that has a gradient now, in segments. They are made anew only where something changed.
 
         NOTE [lists are checked, not trusted]
         Frameworks edit ``group["params"]`` and set gradients to None as they like, so every pass compares the lists,
@@ -206,36 +218,29 @@ class FriendlySAM(Optimizer):
         """
         result = []
         for number, group in enumerate(self.param_groups):
-            params = group["params"]
-            grads = [param.grad for param in params]
-            if any(grad is None for grad in grads):
-                params = [param for param in params if param.grad is not None]
-                grads = [param.grad for param in params]
-            if not params:
-                continue
             names = self._state_names(group)
-            known = self._segments.get(number)
-            if known is None or known[1] != names or not self._are_current(known[0], params, grads):
-                known = (self._make_segments(group, list(params)), names)
-                self._segments[number] = known
-            result.extend((group, segment) for segment in known[0])
-        # A group further down may have made a buffer grow.
-        if any(segment.generation != segment.flat.generation for _, segment in result):
-            return self._current_segments()
+            segments, known_names = self._segments.get(number, ([], ()))
+            grads = self._current_grads(segments, group["params"]) if names == known_names else None
+            if grads is None:
+                params = [param for param in group["params"] if param.grad is not None]
+                segments = self._make_segments(group, params)
+                self._segments[number] = (segments, names)
+                grads = [segment.current_grads(segment.params) for segment in segments]
+            result.extend(Participant(group, *pair) for pair in zip(segments, grads, strict=True))
+        if any(one.grads is None or one.segment.generation != one.segment.flat.generation for one in result):
+            return self._participants()  # a group further down made a buffer grow
         return result
 
-    @staticmethod
-    def _are_current(segments: list[Segment], params: list[Tensor], grads: list[Tensor]) -> bool:
+    def _current_grads(self, segments: list[Segment], params: list[Tensor]) -> list[Sequence[Tensor]] | None:
+        """The gradients of each segment, or None where the segments are not those of ``params``."""
         if len(segments) == 1:
-            return segments[0].is_current(params, grads)
-        members = [param for segment in segments for param in segment.params]
-        return len(members) == len(params) and all(
-            segment.is_current(
-                [p for p in params if (p.dtype, p.device) == (segment.flat.dtype, segment.flat.device)],
-                [p.grad for p in segment.params],
-            )
-            for segment in segments
-        )
+            grads = [segments[0].current_grads(params)]
+        else:
+            kinds = self._by_kind([param for param in params if param.grad is not None])
+            if [segment.flat for segment in segments] != list(kinds):
+                return None
+            grads = [segment.current_grads(kinds[segment.flat]) for segment in segments]
+        return None if any(one is None for one in grads) else grads
 
     def _checked(self, segment: Segment, call: Callable[..., None], *args: Any) -> None:
         """Runs an op; an error about a row is told in the name of its parameter."""
@@ -274,29 +279,29 @@ class FriendlySAM(Optimizer):
             )
         for group in self.param_groups:
             check_options(group)
-        segments = self._current_segments()
-        self._measure_noise(segments)
+        participants = self._participants()
+        self._measure_noise(participants)
         self._stage = State.PERTURBED
         self._record = []
         try:
-            for group, segment in segments:
-                self._perturb(group, segment)
+            for participant in participants:
+                self._perturb(*participant)
                 # What was perturbed is what a restore brings back, whatever gradients exist by then.
-                self._record.append(segment)
+                self._record.append(participant.segment)
         except BaseException:
             self.restore()
             raise
         if zero_grad:
             self.zero_grad()
 
-    def _perturb(self, group: dict[str, Any], segment: Segment) -> None:
+    def _perturb(self, group: dict[str, Any], segment: Segment, grads: Sequence[Tensor]) -> None:
         """Pass B on one segment."""
         flat = segment.flat
         rho, rho_tensor = number_or_tensor(group["rho"], flat.device)
         ops.perturb(
             segment.backend,
             segment.rows,
-            segment.grad_rows([param.grad for param in segment.params]),
+            grads,
             segment.offsets,
             flat.buffers["ema"] if uses_ema(group) else None,
             flat.buffers["backup"],
@@ -313,25 +318,24 @@ class FriendlySAM(Optimizer):
         # autograd must know that a graph made before the weights moved is of no use now.
         torch.autograd.graph.increment_version(segment.params)
 
-    def _measure_noise(self, segments: list[tuple[dict[str, Any], Segment]]) -> None:
+    def _measure_noise(self, participants: list[Participant]) -> None:
         """Pass A over all segments; leaves the sums over all of them on every device."""
-        devices: dict[torch.device, list[tuple[dict[str, Any], Segment]]] = {}
-        for group, segment in segments:
-            devices.setdefault(segment.flat.device, []).append((group, segment))
+        devices: dict[torch.device, list[Participant]] = {}
+        for participant in participants:
+            devices.setdefault(participant.segment.flat.device, []).append(participant)
         self._totals = {}
         for device, members in devices.items():
             rows = self._stats_rows.get(device)
             if rows is None or len(rows) != len(members):
                 rows = torch.empty(len(members), ops.STATISTICS, dtype=torch.float64, device=device)
                 self._stats_rows[device] = rows
-            for (group, segment), row in zip(members, rows, strict=True):
-                grads = [param.grad for param in segment.params]
+            for (group, segment, grads), row in zip(members, rows, strict=True):
                 self._checked(
                     segment,
                     ops.noise_norm,
                     segment.backend,
                     segment.rows,
-                    segment.grad_rows(grads),
+                    grads,
                     segment.offsets,
                     segment.flat.buffers["ema"] if uses_ema(group) else None,
                     None,
@@ -413,23 +417,23 @@ class FriendlySAM(Optimizer):
 
     def _finish(self) -> None:
         """Pass C: the restore of what was perturbed, and the base update of what has a gradient now."""
-        current = self._current_segments()
-        if len(current) > 1:  # an op checks its own segment before it writes; nobody checks the later ones
-            for _, segment in current:
-                for param in segment.params:
+        participants = self._participants()
+        if len(participants) > 1:  # an op checks its own segment before it writes; nobody checks the later ones
+            for participant in participants:
+                for param in participant.segment.params:
                     check_gradient(param, self._describe)
-        in_one_pass = self._fused is not None and same_objects([segment for _, segment in current], self._record)
+        in_one_pass = self._fused is not None and same_objects([one.segment for one in participants], self._record)
         if not in_one_pass:
             self._restore_recorded()
         if self._fused is None:
             self._step_generic()
         else:
-            for group, segment in current:
+            for group, segment, grads in participants:
                 self._checked(
                     segment,
                     self._fused.update,
                     segment,
-                    segment.grad_rows([param.grad for param in segment.params]),
+                    grads,
                     segment.flat.buffers["backup"] if in_one_pass else None,
                     self._total(segment.flat.device),
                     group,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from operator import is_
 from typing import Any
 
@@ -12,6 +13,10 @@ from torch import Tensor
 from . import ops
 from .flat_state import FlatState, aligned_numel
 from .flatten import REGISTRY
+
+# A step reads these of every parameter: a descriptor called by map() costs a third of an attribute in a loop.
+_GRAD = Tensor.grad.__get__
+_DATA_PTR = Tensor.data_ptr
 
 
 def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -42,7 +47,7 @@ class Segment:
         firsts = list(range(len(params)))
         if _are_flattened(params, grads) and _steps_agree(flat, index):
             firsts = _starts_of_runs(flat, params)
-            self._grads = list(grads)
+            self._grad_views = list(grads)
             self._addresses = [param.data_ptr() for param in params]
             self.rows, self._flat_grads = _merged(params, firsts)
         self.offsets = torch.tensor([flat.offset[params[i]] for i in firsts], dtype=torch.int64)
@@ -53,17 +58,20 @@ class Segment:
         self._step_index = _slice_or_index(index, flat.device)
         self._row_index = _slice_or_index([index[i] for i in firsts], flat.device)
 
-    def is_current(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-        """Whether this segment still describes these parameters and gradients."""
-        if self.generation != self.flat.generation or not same_objects(self.params, params):
-            return False
-        if self._flat_grads is None:
-            return self._registry_generation == REGISTRY.generation
-        return same_objects(self._grads, grads) and self._addresses == list(map(Tensor.data_ptr, params))
+    def current_grads(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """The gradients that ``params`` have now, row by row; None where this segment does not describe them any more.
 
-    def grad_rows(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The gradients as the ops take them, row by row."""
-        return grads if self._flat_grads is None else self._flat_grads
+        The caller drops the list after the pass: a segment that kept it would keep cleared gradients alive.
+        """
+        if self.generation != self.flat.generation or not same_objects(self.params, params):
+            return None
+        if self._flat_grads is not None:
+            in_place = all(map(is_, map(_GRAD, params), self._grad_views))
+            return self._flat_grads if in_place and self._addresses == list(map(_DATA_PTR, params)) else None
+        grads = list(map(_GRAD, params))
+        if self._registry_generation != REGISTRY.generation or any(map(is_, grads, repeat(None))):
+            return None
+        return grads
 
     def advance_steps(self, stats: Tensor) -> Tensor:
         """Counts one more update of each parameter, unless ``stats`` has it skipped; returns the rows' counts."""

@@ -1,0 +1,88 @@
+// A list of tensors as an op receives it, read without a heap allocation for each one.
+//
+// NOTE [tensor lists are read as handles]
+// std::vector<torch::stable::Tensor> makes a shared pointer, with a control block of its own, around each tensor
+// handle. With ten thousand small tensors that and its release cost more than the pass itself. The handles are enough
+// here: the list owns them for the time of the call.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <utility>
+#include <vector>
+
+namespace fsam {
+
+// One tensor of a list: valid as long as the list.
+class ListedTensor {
+ public:
+  explicit ListedTensor(AtenTensorHandle handle) : handle_(handle) {}
+
+  AtenTensorHandle get() const { return handle_; }
+  int64_t dim() const { return ask<int64_t>(aoti_torch_get_dim); }
+  int64_t numel() const { return ask<int64_t>(aoti_torch_get_numel); }
+  bool is_contiguous() const { return ask<bool>(aoti_torch_is_contiguous); }
+  void* data_ptr() const { return ask<void*>(aoti_torch_get_data_ptr); }
+  int32_t get_device_index() const { return ask<int32_t>(aoti_torch_get_device_index); }
+  bool is_cpu() const { return ask<int32_t>(aoti_torch_get_device_type) == aoti_torch_device_type_cpu(); }
+  torch::headeronly::IntHeaderOnlyArrayRef sizes() const {
+    return {ask<int64_t*>(aoti_torch_get_sizes), size_t(dim())};
+  }
+  torch::headeronly::IntHeaderOnlyArrayRef strides() const {
+    return {ask<int64_t*>(aoti_torch_get_strides), size_t(dim())};
+  }
+  torch::stable::Tensor owned() const {
+    AtenTensorHandle copy;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &copy));
+    return torch::stable::Tensor(copy);
+  }
+
+ private:
+  template <class R, class Getter>
+  R ask(Getter getter) const {
+    R result;
+    STABLE_TORCH_ERROR_CODE_CHECK(getter(handle_, &result));
+    return result;
+  }
+  AtenTensorHandle handle_;
+};
+
+class TensorList {
+ public:
+  explicit TensorList(StableListHandle list) {
+    size_t size;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    handles_.reserve(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue element;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
+      handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(element));
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  }
+  TensorList(TensorList&& other) noexcept : handles_(std::exchange(other.handles_, {})) {}
+  TensorList& operator=(TensorList&&) = delete;
+  ~TensorList() {
+    for (AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
+  }
+
+  size_t size() const { return handles_.size(); }
+  bool empty() const { return handles_.empty(); }
+  ListedTensor operator[](size_t i) const { return ListedTensor(handles_[i]); }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+};
+
+}  // namespace fsam
+
+// What TORCH_BOX asks to make an argument of this type.
+HIDDEN_NAMESPACE_BEGIN(torch, stable, detail)
+template <>
+struct ToImpl<fsam::TensorList> {
+  static fsam::TensorList call(StableIValue value, uint64_t, bool) {
+    return fsam::TensorList(to<StableListHandle>(value));
+  }
+};
+HIDDEN_NAMESPACE_END(torch, stable, detail)
