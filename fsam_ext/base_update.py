@@ -105,27 +105,32 @@ class FusedAdam(FusedBase):
         """One call of :func:`fsam_ext.ops.restore_adam`."""
         lr, lr_tensor = number_or_tensor(group["lr"], segment.flat.device)
         beta1, beta2 = group["betas"]
-        ops.restore_adam(
-            segment.backend,
-            segment.rows,
-            grads,
-            segment.offsets,
-            backup,
-            segment.flat.buffers["exp_avg"],
-            segment.flat.buffers["exp_avg_sq"],
-            segment.advance_steps(stats),
-            stats,
-            None,
-            None,
-            lr,
-            lr_tensor,
-            float(beta1),
-            float(beta2),
-            group["eps"],
-            group["weight_decay"],
-            group.get("decoupled_weight_decay", self.decoupled),
-            group["maximize"],
-        )
+        steps = segment.advance_steps(stats)
+        try:
+            ops.restore_adam(
+                segment.backend,
+                segment.rows,
+                grads,
+                segment.offsets,
+                backup,
+                segment.flat.buffers["exp_avg"],
+                segment.flat.buffers["exp_avg_sq"],
+                steps,
+                stats,
+                None,
+                None,
+                lr,
+                lr_tensor,
+                float(beta1),
+                float(beta2),
+                group["eps"],
+                group["weight_decay"],
+                group.get("decoupled_weight_decay", self.decoupled),
+                group["maximize"],
+            )
+        except RuntimeError:  # refused before it wrote anything: then nothing is counted either
+            segment.advance_steps(stats, by=-1)
+            raise
 
 
 class GenericBase:

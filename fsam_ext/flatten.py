@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -16,12 +18,10 @@ class FlatParameters:
         data: 1-d tensor that holds every parameter, each starting on a line of 128 bytes.
         grad: 1-d tensor of the same layout that holds every gradient, or None.
         offset: parameter -> position of its first element.
-        grad_view: parameter -> the view of ``grad`` that is its ``.grad``.
     """
 
     def __init__(self, params: list[nn.Parameter], grads: bool) -> None:
         self.offset: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self.grad_view: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         first = params[0]
         numel = 0
         for param in params:
@@ -37,16 +37,32 @@ class FlatParameters:
                 grad = memory_view(self.grad, self.offset[param], param.data)
                 if param.grad is not None:
                     grad.copy_(param.grad)
-                self.grad_view[param] = param.grad = grad
+                param.grad = grad
             REGISTRY.add(param, self)
 
-    def zero_grad(self) -> None:
-        """Zeroes all gradients in one pass and puts back the views that ``set_to_none`` may have taken away."""
+    def holds(self, param: Tensor) -> bool:
+        """Whether the parameter's values are (still) here: ``model.half()`` and the like move them away."""
+        return param.dtype == self.data.dtype and param.data_ptr() == self._address(self.data, param)
+
+    def holds_grad(self, param: Tensor) -> bool:
+        """Whether the parameter's gradient is here."""
+        return (
+            self.grad is not None
+            and param.grad is not None
+            and param.grad.dtype == self.grad.dtype
+            and param.grad.data_ptr() == self._address(self.grad, param)
+        )
+
+    def _address(self, flat: Tensor, param: Tensor) -> int:
+        return flat.data_ptr() + self.offset[param] * flat.element_size()
+
+    def zero_grad(self, params: Iterable[Tensor]) -> None:
+        """Zeroes all gradients in one pass, and puts back those that ``set_to_none`` may have taken away."""
         assert self.grad is not None
-        for param, view in self.grad_view.items():
-            if param.grad is not view:
-                param.grad = view
-                REGISTRY.add(param, self)
+        for param in params:
+            if not self.holds_grad(param):
+                param.grad = memory_view(self.grad, self.offset[param], param)
+                REGISTRY.generation += 1
         self.grad.zero_()
 
 
@@ -61,14 +77,22 @@ class Registry:
         self._owner: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.generation = 0
 
+    def __len__(self) -> int:
+        return len(self._owner)
+
     def add(self, param: Tensor, owner: FlatParameters) -> None:
         """Notes where a parameter lives now."""
         self._owner[param] = owner
         self.generation += 1
 
     def get(self, param: Tensor) -> FlatParameters | None:
-        """The owner of a parameter, or None."""
-        return self._owner.get(param)
+        """Where a parameter lives; None where that is no flat buffer (any more)."""
+        owner = self._owner.get(param)
+        if owner is not None and not owner.holds(param):
+            del self._owner[param]
+            self.generation += 1
+            return None
+        return owner
 
 
 REGISTRY = Registry()

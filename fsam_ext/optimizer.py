@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -15,7 +14,7 @@ from torch.optim import SGD, Optimizer
 from . import backends, checkpoints, ops, options
 from .base_update import GenericBase, base_defaults, fused_base, is_fused, number_or_tensor
 from .flat_state import FlatState
-from .flatten import REGISTRY
+from .flatten import REGISTRY, FlatParameters
 from .options import check_gradient, check_options, check_parameter, uses_ema
 from .segments import Segment, same_objects
 
@@ -200,7 +199,7 @@ class FriendlySAM(Optimizer):
                 flat.publish(name, members, self.state, start)
             flat.buffer("backup")
             backend = backends.resolve(self.backend, flat.device)
-            segments.append(Segment(backend, flat, members, [param.grad for param in members]))
+            segments.append(Segment(backend, flat, members))
         return segments
 
     def _by_kind(self, params: Sequence[Tensor]) -> dict[FlatState, list[Tensor]]:
@@ -243,20 +242,13 @@ class FriendlySAM(Optimizer):
         return None if any(one is None for one in grads) else grads
 
     def _checked(self, segment: Segment, call: Callable[..., None], *args: Any) -> None:
-        """Runs an op; an error about a row is told in the name of its parameter."""
+        """Runs an op; where it refuses a gradient, the error tells which, in the name of the parameter."""
         try:
             call(*args)
-        except RuntimeError as error:
-            raise RuntimeError(self._with_names(str(error), segment)) from error
-
-    def _with_names(self, message: str, segment: Segment) -> str:
-        def name(match: re.Match[str]) -> str:
-            of = "the gradient of " if match[1] == "grads" else ""
-            return of + self._describe(segment.params[int(match[2])])
-
-        if segment.rows is not segment.params:
-            return message
-        return re.sub(r"\b(params|grads)\[(\d+)\]", name, message.split("\nException raised from")[0])
+        except RuntimeError:
+            for param in segment.params:
+                check_gradient(param, self._describe)
+            raise
 
     # ---- The two passes --------------------------------------------------------------------------------------------
 
@@ -501,20 +493,18 @@ class FriendlySAM(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears all gradients; those that ``flatten_parameters`` laid out are zeroed in place, in one pass."""
-        flats = {
-            id(flat): flat
-            for group in self.param_groups
-            for param in group["params"]
-            if (flat := REGISTRY.get(param)) is not None and flat.grad is not None
-        }
-        if not flats:
+        if not len(REGISTRY):
             return super().zero_grad(set_to_none)
-        for flat in flats.values():
-            flat.zero_grad()
+        flattened: dict[FlatParameters, list[Tensor]] = {}
         for group in self.param_groups:
             for param in group["params"]:
-                if REGISTRY.get(param) is None and param.grad is not None:
+                flat = REGISTRY.get(param)
+                if flat is not None and flat.grad is not None:
+                    flattened.setdefault(flat, []).append(param)
+                elif param.grad is not None:
                     param.grad = None if set_to_none else param.grad.detach().zero_()
+        for flat, params in flattened.items():
+            flat.zero_grad(params)
 
     # ---- What it measured ------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ class Segment:
         chunks: number of chunks of pass A.
     """
 
-    def __init__(self, backend: Any, flat: FlatState, params: list[Tensor], grads: Sequence[Tensor]) -> None:
+    def __init__(self, backend: Any, flat: FlatState, params: list[Tensor]) -> None:
         self.backend = backend
         self.flat = flat
         self.params = params
@@ -45,10 +45,10 @@ class Segment:
         self._flat_grads: list[Tensor] | None = None
         index = [flat.index[param] for param in params]
         firsts = list(range(len(params)))
-        if _are_flattened(params, grads) and _steps_agree(flat, index):
+        if _are_flattened(params) and _steps_agree(flat, index):
             firsts = _starts_of_runs(flat, params)
-            self._grad_views = list(grads)
-            self._addresses = [param.data_ptr() for param in params]
+            self._addresses = list(map(_DATA_PTR, params))
+            self._grad_addresses = _addresses_of_grads(params)
             self.rows, self._flat_grads = _merged(params, firsts)
         self.offsets = torch.tensor([flat.offset[params[i]] for i in firsts], dtype=torch.int64)
         self.chunks = ops.count_chunks(row.numel() for row in self.rows)
@@ -66,17 +66,17 @@ class Segment:
         if self.generation != self.flat.generation or not same_objects(self.params, params):
             return None
         if self._flat_grads is not None:
-            in_place = all(map(is_, map(_GRAD, params), self._grad_views))
-            return self._flat_grads if in_place and self._addresses == list(map(_DATA_PTR, params)) else None
+            in_place = self._addresses == list(map(_DATA_PTR, params))
+            return self._flat_grads if in_place and self._grad_addresses == _addresses_of_grads(params) else None
         grads = list(map(_GRAD, params))
         if self._registry_generation != REGISTRY.generation or any(map(is_, grads, repeat(None))):
             return None
         return grads
 
-    def advance_steps(self, stats: Tensor) -> Tensor:
-        """Counts one more update of each parameter, unless ``stats`` has it skipped; returns the rows' counts."""
+    def advance_steps(self, stats: Tensor, by: int = 1) -> Tensor:
+        """Counts updates of each parameter, unless ``stats`` has them skipped; returns the rows' counts."""
         steps = self.flat.buffers["step"]
-        applied = stats[0].isfinite().to(steps.dtype)
+        applied = stats[0].isfinite().to(steps.dtype) * by
         if isinstance(self._step_index, slice):
             steps[self._step_index] += applied
         else:
@@ -91,15 +91,17 @@ def _slice_or_index(index: list[int], device: torch.device) -> slice | Tensor:
     return torch.tensor(index, dtype=torch.int64, device=device)
 
 
-def _are_flattened(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+def _addresses_of_grads(params: Sequence[Tensor]) -> list[int] | None:
+    """Where the gradients lie, or None where one is missing."""
+    try:
+        return list(map(_DATA_PTR, map(_GRAD, params)))
+    except TypeError:
+        return None
+
+
+def _are_flattened(params: Sequence[Tensor]) -> bool:
     """Whether parameters and gradients are where ``flatten_parameters(module, grads=True)`` put them."""
-    for param, grad in zip(params, grads, strict=True):
-        flat = REGISTRY.get(param)
-        if flat is None or flat.grad is None or flat.grad_view.get(param) is not grad:
-            return False
-        if param.data_ptr() != flat.data.data_ptr() + flat.offset[param] * param.element_size():
-            return False
-    return True
+    return all((flat := REGISTRY.get(param)) is not None and flat.holds_grad(param) for param in params)
 
 
 def _steps_agree(flat: FlatState, index: list[int]) -> bool:

@@ -52,8 +52,8 @@ double inverse_scale(const OptionalTensor& grad_scale) {
 void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
                 const OptionalTensor& grad_scale, double sigma, double lmbda, bool adaptive, bool ema_updated,
                 const Tensor& partials, const Tensor& stats) {
-  double* total = small_data<double>(stats, "stats", kStatistics, true);
-  std::fill(total, total + kStatistics, 0.0);
+  double* written = small_data<double>(stats, "stats", kStatistics, true);
+  double total[kStatistics] = {};
   dispatch_storage(params, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
@@ -73,6 +73,7 @@ void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offse
     for (int64_t chunk = 0; chunk < args.table.chunks; ++chunk)
       for (int k = 0; k < kStatistics; ++k) total[k] += slots[chunk * kStatistics + k];
   });
+  std::copy(total, total + kStatistics, written);
 }
 
 void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
