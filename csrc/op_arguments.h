@@ -28,13 +28,13 @@ using OptionalTensor = std::optional<Tensor>;
 template <class AnyTensor>
 int32_t dtype_of(const AnyTensor& tensor) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return dtype;
 }
 template <class AnyTensor>
 int32_t layout_of(const AnyTensor& tensor) {
   int32_t layout;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
   return layout;
 }
 

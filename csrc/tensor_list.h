@@ -34,7 +34,7 @@ class ListedTensor {
   }
   torch::stable::Tensor owned() const {
     AtenTensorHandle copy;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &copy));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &copy));
     return torch::stable::Tensor(copy);
   }
 
@@ -42,7 +42,7 @@ class ListedTensor {
   template <class R, class Getter>
   R ask(Getter getter) const {
     R result;
-    STABLE_TORCH_ERROR_CODE_CHECK(getter(handle_, &result));
+    TORCH_ERROR_CODE_CHECK(getter(handle_, &result));
     return result;
   }
   AtenTensorHandle handle_;
@@ -52,14 +52,14 @@ class TensorList {
  public:
   explicit TensorList(StableListHandle list) {
     size_t size;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
     handles_.reserve(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue element;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
       handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(element));
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
   }
   TensorList(TensorList&& other) noexcept : handles_(std::exchange(other.handles_, {})) {}
   TensorList& operator=(TensorList&&) = delete;

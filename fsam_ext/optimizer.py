@@ -131,7 +131,7 @@ class FriendlySAM(Optimizer):
         self._segments: dict[int, tuple[list[Segment], tuple[str, ...]]] = {}
         self._record: list[Segment] = []
         self._totals: dict[torch.device, Tensor] = {}
-        self._stats_rows: dict[torch.device, Tensor] = {}
+        self._stats: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
 
     def _make_base(self, base_kwargs: dict[str, Any]) -> None:
         fused = [is_fused(self.base_optimizer, group) for group in self.param_groups]
@@ -317,10 +317,10 @@ class FriendlySAM(Optimizer):
             devices.setdefault(participant.segment.flat.device, []).append(participant)
         self._totals = {}
         for device, members in devices.items():
-            rows = self._stats_rows.get(device)
-            if rows is None or len(rows) != len(members):
-                rows = torch.empty(len(members), ops.STATISTICS, dtype=torch.float64, device=device)
-                self._stats_rows[device] = rows
+            if device not in self._stats or len(self._stats[device][1]) != len(members):
+                stats = torch.empty(len(members), ops.STATISTICS, dtype=torch.float64, device=device)
+                self._stats[device] = stats, list(stats)
+            stats, rows = self._stats[device]
             for (group, segment, grads), row in zip(members, rows, strict=True):
                 self._checked(
                     segment,
@@ -338,7 +338,7 @@ class FriendlySAM(Optimizer):
                     segment.flat.partials,
                     row,
                 )
-            self._totals[device] = rows[0] if len(rows) == 1 else rows.sum(0)
+            self._totals[device] = rows[0] if len(rows) == 1 else stats.sum(0)
         if len(self._totals) > 1:
             first, *others = self._totals
             total = sum((self._totals[d].to(first) for d in others), self._totals[first])

@@ -14,7 +14,6 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--large", action="store_true", help="run the tests that need tens of GiB of memory")
     parser.addoption("--seed", type=int, default=None, help="repeat a run with the seed that it printed")
 
 
@@ -25,14 +24,6 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     return f"fsam_ext: random inputs from --seed {config.fsam_seed}"
-
-
-def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-        if item.get_closest_marker("large") and not config.getoption("--large"):
-            item.add_marker(pytest.mark.skip(reason="needs tens of GiB of memory: run with --large"))
 
 
 @pytest.fixture(autouse=True)

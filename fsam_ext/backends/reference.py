@@ -23,7 +23,7 @@ def _slices(params: Sequence[Tensor], offsets: Tensor, flat: Tensor | None) -> I
 
 
 def _number(tensor: Tensor | None, otherwise: float) -> Tensor | float:
-    return otherwise if tensor is None else tensor.reshape(-1)[0]
+    return otherwise if tensor is None else tensor.reshape(-1)[0].double()
 
 
 def _average(ema: Tensor, g: Tensor, lmbda: float) -> Tensor:
