@@ -1,0 +1,257 @@
+"""SGD, SAM and Friendly SAM on Fashion-MNIST with noisy labels: the whole road, on real data.
+
+    python examples/fashion_mnist.py               every method, one seed
+    python examples/fashion_mnist.py --seeds 5     the table, with standard errors
+    python examples/fashion_mnist.py --method fsam --rho 0.1 0.2 --base adamw
+    python examples/fashion_mnist.py --resume      after Ctrl-C
+
+This file is the command line and the order of things; data.py, training.py, sharpness.py and
+report.py do the work. docs/demo.md shows the results and says what they mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import data
+import report
+import torch
+from tqdm import tqdm
+from training import (
+    BASES,
+    METHODS,
+    DeferredInterrupt,
+    Interrupted,
+    OtherSettings,
+    Result,
+    Run,
+    Trainer,
+    build_model,
+    build_optimizer,
+)
+
+# What the methods share, as (lr, weight decay); "tuned" is what makes SGD alone do well here.
+DEFAULTS = {"sgd": (0.05, 5e-4), "adam": (1e-3, 5e-4), "adamw": (1e-3, 5e-2)}
+TUNED_SGD = (0.01, 5e-3)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0],
+        epilog="Ctrl-C leaves a checkpoint. Under --resume an option left out has the value of the "
+        "run that is resumed. The data is kept in the folder FSAM_DATA, by default "
+        "~/.cache/fsam_ext.",
+        usage="%(prog)s [options]",
+    )
+    runs = parser.add_argument_group("what to run: every method, and SAM and F-SAM at every rho")
+    runs.add_argument(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="NAME",
+        help="base: the base optimizer alone; tuned: SGD with an lr and weight decay that suit it "
+        "alone; sam; fsam (default: all four)",
+    )
+    runs.add_argument(
+        "--rho",
+        nargs="+",
+        type=float,
+        default=[0.2, 0.4, 0.8],
+        help="radius of the perturbation (default: 0.2 0.4 0.8)",
+    )
+    runs.add_argument(
+        "--sigma",
+        type=float,
+        default=1.0,
+        help="F-SAM: share of the gradients' EMA taken off the gradient (default: 1)",
+    )
+    runs.add_argument("--lmbda", type=float, default=0.9, help="F-SAM: decay of the EMA (default: 0.9)")
+    runs.add_argument("--base", choices=list(BASES), default="sgd", help="base optimizer (default: sgd)")
+    runs.add_argument(
+        "--lr",
+        type=float,
+        help="learning rate of all but tuned (default: 0.05 for sgd, else 0.001)",
+    )
+    runs.add_argument("--weight-decay", type=float, help="likewise (default: 5e-4, adamw 5e-2)")
+    runs.add_argument("--epochs", type=_positive, default=30, help="(default: 30)")
+    runs.add_argument("--seeds", type=_positive, default=1, help="number of seeds (default: 1)")
+    runs.add_argument(
+        "--noise",
+        type=_fraction,
+        default=0.4,
+        help="fraction of the training labels made wrong (default: 0.4)",
+    )
+    how = parser.add_argument_group("where and how")
+    how.add_argument(
+        "--dataset",
+        choices=("auto", "fashion-mnist", "digits"),
+        default="auto",
+        metavar="NAME",
+        help="fashion-mnist; digits; auto: Fashion-MNIST, or where it cannot be had the digits of "
+        "scikit-learn (default: auto)",
+    )
+    how.add_argument("--backend", help="backend of fsam_ext for sam and fsam (default: the best for the device)")
+    how.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    how.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder for the results (default: runs/demo)",
+    )
+    how.add_argument("--resume", action="store_true", help="continue the run in --out")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
+    return value
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The options; under --resume those of the run in --out, wherever the command gives none."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.resume:
+        saved = options.out / "options.json"
+        try:
+            parser.set_defaults(**json.loads(saved.read_text()))
+        except FileNotFoundError:
+            parser.error(f"--resume: there is no run in {options.out} (no {saved})")
+        options = parser.parse_args(argv)
+    return parser, options
+
+
+def plan(options: argparse.Namespace, dataset: str) -> list[Run]:
+    """Every run asked for, seed by seed, so that an unfinished table is a table of fewer seeds."""
+    lr, weight_decay = DEFAULTS[options.base]
+    lr = lr if options.lr is None else options.lr
+    weight_decay = weight_decay if options.weight_decay is None else options.weight_decay
+    variants: list[dict] = []
+    if "base" in options.method:
+        variants.append({"method": "base", "lr": lr, "weight_decay": weight_decay})
+    if "tuned" in options.method and options.base == "sgd":
+        variants.append({"method": "tuned", "lr": TUNED_SGD[0], "weight_decay": TUNED_SGD[1]})
+    for rho in dict.fromkeys(options.rho):
+        shared = {"lr": lr, "weight_decay": weight_decay, "rho": rho, "backend": options.backend}
+        if "sam" in options.method:
+            variants.append({"method": "sam", **shared})
+        if "fsam" in options.method:
+            variants.append({"method": "fsam", "sigma": options.sigma, "lmbda": options.lmbda, **shared})
+    return [
+        Run(
+            dataset=dataset,
+            seed=seed,
+            base=options.base,
+            epochs=options.epochs,
+            noise=options.noise,
+            device=options.device,
+            **variant,
+        )
+        for seed in range(options.seeds)
+        for variant in variants
+    ]
+
+
+def check(runs: list[Run], parser: argparse.ArgumentParser) -> None:
+    """Lets each optimizer refuse its options now, before minutes of training, in one sentence."""
+    if not runs:
+        parser.error("--method tuned is for --base sgd only: nothing is left to run")
+    for run in runs:
+        try:
+            build_optimizer(run, list(build_model(1).to(run.device).parameters()))
+        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+            parser.error(f"{run.label}: {error}")
+
+
+def train(run: Run, dataset: data.Dataset, checkpoint: Path, resume: bool, interrupt: DeferredInterrupt) -> Result:
+    """One run with its progress bar; with ``resume`` from its checkpoint, where there is one."""
+    trainer = Trainer(run, dataset)
+    if resume and checkpoint.exists():
+        trainer.load(checkpoint)
+    per_epoch = trainer.steps_per_epoch
+    with tqdm(
+        total=run.epochs * per_epoch,
+        initial=trainer.epoch * per_epoch + trainer.step,
+        desc=f"{run.label} seed {run.seed}",
+        unit="step",
+        leave=False,
+        disable=None,  # where the output is not a terminal
+    ) as bar:
+        return trainer.fit(checkpoint, interrupt, after_step=bar.update)
+
+
+def start_afresh(options: argparse.Namespace, checkpoints: Path) -> None:
+    """Notes the options for a later --resume, and moves an earlier run's checkpoints aside."""
+    if checkpoints.exists():
+        aside = checkpoints.with_name("checkpoints.previous")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoints.rename(aside)
+        print(f"starting afresh: the checkpoints of the run before are now in {aside}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept = {k: v for k, v in vars(options).items() if k not in ("out", "resume")}
+    (options.out / "options.json").write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser, options = parse(argv)
+    check(plan(options, "?"), parser)
+    try:
+        dataset = data.load(options.dataset)
+    except data.Unavailable as reason:
+        parser.exit(1, f"{options.dataset} cannot be had here:\n  {reason}\n")
+    runs = plan(options, dataset.name)
+    checkpoints = options.out / "checkpoints"
+    if not options.resume:
+        start_afresh(options, checkpoints)
+
+    finished: report.Finished = []
+    with DeferredInterrupt() as interrupt:
+        bar = tqdm(runs, desc="runs", unit="run", disable=None)
+        for run in bar:
+            checkpoint = checkpoints / run.file_name
+            try:
+                result = train(run, dataset, checkpoint, options.resume, interrupt)
+            except Interrupted:
+                bar.close()
+                command = [sys.executable, sys.argv[0], "--resume", "--out", str(options.out)]
+                print(f"\ninterrupted; {checkpoint} is written. Continue with:")
+                print(f"  {shlex.join(command)}")
+                return 130
+            except OtherSettings as error:
+                bar.close()
+                parser.error(str(error))
+            finished.append((run, result))
+            files = report.write_csv(finished, options.out)
+            tqdm.write(
+                f"{run.label:14} seed {run.seed}  test accuracy {result.test_accuracy:7.2%}  "
+                f"top eigenvalue {result.top_eigenvalue:8.2f}  {result.seconds:5.1f} s"
+            )
+    picture = options.out / "results.png"
+    where = options.device if options.device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
+    report.draw(finished, picture)
+    print(f"\n{dataset.name}, {options.epochs} epochs, torch {torch.__version__}, {where}\n")
+    print(report.table(finished))
+    print("\n" + "\n".join(f"wrote {path}" for path in [*files, picture, checkpoints]))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # outside the training, or the second one inside it
+        sys.exit("interrupted")

@@ -1,0 +1,261 @@
+"""One training run of the demo: settings, model, loop, and checkpoints that resume bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from data import CLASSES, Dataset, Split, noisy_subset
+from sharpness import top_hessian_eigenvalue
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fsam_ext import SAM, FriendlySAM
+
+BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+METHODS = ("base", "tuned", "sam", "fsam")
+TRAIN_SIZE = 10_000
+BATCH_SIZE = 128
+MOMENTUM = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The settings that decide a run's result; a checkpoint resumes under the same ones only."""
+
+    dataset: str
+    method: str  # of METHODS
+    seed: int
+    base: str  # of BASES
+    lr: float
+    weight_decay: float
+    epochs: int
+    noise: float  # fraction of the training labels that are wrong
+    rho: float | None = None  # sam and fsam only
+    sigma: float | None = None  # fsam only
+    lmbda: float | None = None  # fsam only
+    backend: str | None = None
+    device: str = "cpu"
+
+    @property
+    def label(self) -> str:
+        """What the run is called in tables and pictures; the same for every seed."""
+        base = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}[self.base]
+        names = {"base": base, "tuned": f"{base} tuned", "sam": "SAM", "fsam": "F-SAM"}
+        return names[self.method] + (f" rho {self.rho:g}" if self.rho is not None else "")
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.method}{'' if self.rho is None else f'-rho{self.rho:g}'}-seed{self.seed}.pt"
+
+
+@dataclasses.dataclass
+class Result:
+    """What a finished run leaves behind. Accuracies are fractions, on the clean test images."""
+
+    test_accuracy: float  # after the last epoch
+    curve: list[float]  # test accuracy after each epoch
+    train_loss: float  # clean loss, mean over the last epoch's steps, on the noisy labels
+    top_eigenvalue: float  # of the Hessian of the training loss, all examples, noisy labels
+    seconds: float  # training only: no evaluation, no eigenvalue, no checkpoint
+
+
+class OtherSettings(ValueError):
+    """A checkpoint was written under other settings than the run that would continue from it."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C came; the checkpoint named in the message is written."""
+
+
+class DeferredInterrupt:
+    """Holds Ctrl-C (and SIGTERM) back until the loop asks, so that it never lands inside a step.
+
+    NOTE [no checkpoint while perturbed] Between the passes of a sharpness-aware step the model
+    holds perturbed weights and the EMA has already moved. Undoing the ascent would restore the
+    weights exactly but leave that EMA, and the step redone after a resume would move it twice. So
+    the interrupt waits the few milliseconds to the end of the step, where the state is whole. A
+    second Ctrl-C does not wait; the checkpoint on disk is then the one of the last epoch.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> DeferredInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def build_model(pixels: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(pixels, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, CLASSES))
+
+
+def build_optimizer(run: Run, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of ``run``. Bad values are the optimizer's to refuse, with its own sentence."""
+    options: dict[str, Any] = {"lr": run.lr, "weight_decay": run.weight_decay}
+    if run.base == "sgd":
+        options["momentum"] = MOMENTUM
+    base = BASES[run.base]
+    if run.method == "sam":
+        return SAM(params, base, rho=run.rho, backend=run.backend, **options)
+    if run.method == "fsam":
+        return FriendlySAM(
+            params,
+            base,
+            rho=run.rho,
+            sigma=run.sigma,
+            lmbda=run.lmbda,
+            backend=run.backend,
+            **options,
+        )
+    return base(params, **options)
+
+
+class Trainer:
+    """The whole state of a run: ``load`` continues, bit for bit, from what ``save`` wrote."""
+
+    def __init__(self, run: Run, data: Dataset) -> None:
+        self.run = run
+        self.train = noisy_subset(data.train, TRAIN_SIZE, run.noise, run.seed).to(run.device)
+        self.test = data.test.to(run.device)
+        torch.manual_seed(run.seed)  # the initial weights; nothing later draws from this generator
+        self.model = build_model(self.train.images.shape[1]).to(run.device)
+        self.optimizer = build_optimizer(run, list(self.model.parameters()))
+        self.steps_per_epoch = math.ceil(len(self.train.labels) / BATCH_SIZE)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, T_max=run.epochs * self.steps_per_epoch
+        )
+        self.shuffle = torch.Generator().manual_seed(run.seed)
+        self.epoch = 0
+        self.step = 0  # within the epoch
+        self.loss_sum = torch.zeros((), device=run.device)  # of the epoch; on the device: no sync
+        self.curve: list[float] = []
+        self.train_loss = float("nan")
+        self.top_eigenvalue: float | None = None
+        self.seconds = 0.0
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        # Kept so that a resume in mid-epoch draws the same order again.
+        self.shuffle_state = self.shuffle.get_state()
+        order = torch.randperm(len(self.train.labels), generator=self.shuffle)
+        self.order = order.to(self.run.device)
+
+    def save(self, path: Path) -> None:
+        """Writes the checkpoint; a crash meanwhile leaves the previous one whole."""
+        state = {
+            "run": dataclasses.asdict(self.run),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "shuffle_state": self.shuffle_state,
+            "loss_sum": self.loss_sum,
+            **{name: getattr(self, name) for name in self._PLAIN},
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        torch.save(state, part)
+        os.replace(part, path)
+
+    _PLAIN = ("epoch", "step", "curve", "train_loss", "top_eigenvalue", "seconds")
+
+    def load(self, path: Path) -> None:
+        """Continues from a checkpoint; ``OtherSettings`` where it was written under other ones."""
+        state = torch.load(path, map_location=self.run.device, weights_only=True)
+        asked, written = dataclasses.asdict(self.run), state["run"]
+        for name, value in asked.items():
+            if written.get(name) != value:
+                raise OtherSettings(
+                    f"{path} was written with {name}={written.get(name)}, but this command says "
+                    f"{name}={value}: leave out --resume, or give the options of the first run"
+                )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.shuffle.set_state(state["shuffle_state"].cpu())
+        self._start_epoch()
+        self.loss_sum = state["loss_sum"]
+        for name in self._PLAIN:
+            setattr(self, name, state[name])
+
+    def fit(
+        self,
+        checkpoint: Path,
+        interrupt: DeferredInterrupt,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> Result:
+        """Trains to the end, with a checkpoint per epoch; ``Interrupted`` once Ctrl-C has come."""
+
+        def stop_if_asked() -> None:
+            if interrupt.requested:
+                self.save(checkpoint)
+                raise Interrupted(str(checkpoint))
+
+        while self.epoch < self.run.epochs:
+            self.model.train()
+            while self.step < self.steps_per_epoch:
+                started = time.perf_counter()
+                self._train_step()
+                self.seconds += time.perf_counter() - started
+                after_step()
+                stop_if_asked()
+            self.curve.append(accuracy(self.model, self.test))
+            self.train_loss = float(self.loss_sum) / self.steps_per_epoch
+            self.loss_sum = torch.zeros_like(self.loss_sum)
+            self.epoch, self.step = self.epoch + 1, 0
+            self._start_epoch()
+            self.save(checkpoint)
+            stop_if_asked()
+        if self.top_eigenvalue is None:
+            self.top_eigenvalue = self._top_eigenvalue(stop_if_asked)
+            self.save(checkpoint)
+        return Result(self.curve[-1], self.curve, self.train_loss, self.top_eigenvalue, self.seconds)
+
+    def _train_step(self) -> None:
+        batch = self.order[self.step * BATCH_SIZE : (self.step + 1) * BATCH_SIZE]
+        images, labels = self.train.images[batch], self.train.labels[batch]
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss = cross_entropy(self.model(images), labels)
+            loss.backward()
+            return loss
+
+        # A base optimizer evaluates the closure once; SAM and F-SAM twice, at w and at w'. All
+        # return the loss at w, so nothing else in this file knows which optimizer it trains with.
+        self.loss_sum += self.optimizer.step(closure).detach()
+        self.scheduler.step()
+        self.step += 1
+
+    def _top_eigenvalue(self, after_iteration: Callable[[], None]) -> float:
+        return top_hessian_eigenvalue(
+            lambda: cross_entropy(self.model(self.train.images), self.train.labels),
+            list(self.model.parameters()),
+            after_iteration=after_iteration,
+        )
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split) -> float:
+    """Fraction of ``split`` that ``model`` classifies rightly."""
+    model.eval()
+    return float((model(split.images).argmax(1) == split.labels).float().mean())
