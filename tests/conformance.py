@@ -45,11 +45,13 @@ def _triton() -> Any:
 BACKENDS: dict[str, Callable[[], Any]] = {
     "cpu": _installed("cpu", "cpu"),
     "reference": _installed("reference", "cpu"),
+    "cuda_emulated": _emulated,
+    "triton": _triton,  # in its interpreter where there is no GPU
 }
 DEVICE: dict[str, str] = dict.fromkeys(BACKENDS, "cpu")
 if torch.cuda.is_available():
     BACKENDS["cuda"] = _installed("cuda", "cuda")
-    DEVICE["cuda"] = "cuda"
+    DEVICE["cuda"] = DEVICE["triton"] = "cuda"
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,7 +94,7 @@ LAYOUTS = {
     "scalar": Layout([plain()]),
     "empty": Layout([plain(0), plain(3, 0), plain(7), plain(0)]),
     "odd": Layout([plain(1), plain(17), plain(5, 123), plain(31), plain(4095), plain(4097), plain(2, 4096)]),
-    "tiny": Layout([plain(n % 70) for n in range(200)]),
+    "tiny": Layout([plain(n) for n in range(0, 70, 3)]),
     "permuted": Layout([permuted(37, 53), permuted(4, 3, 5, 7), plain(9)]),
     "misaligned": Layout(
         [shifted(1, 4500), shifted(3, 129), shifted(2, 64), plain(4500)],

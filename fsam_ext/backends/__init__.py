@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,10 +39,21 @@ def _compiled(device_type: str, reason: str | None):
     return candidate
 
 
+def _triton(device: torch.device) -> tuple[Any, str | None]:
+    """Triton's kernels. Their module is imported only here: importing triton takes a while."""
+    if find_spec("triton") is None:
+        return None, "triton is not installed: pip install triton"
+    from . import triton
+
+    reason = triton.unavailable(device)
+    return (None, reason) if reason is not None else (_dispatcher(triton.NAMESPACE), None)
+
+
 # name -> function from a device to (backend, None) or (None, the reason why it cannot serve). In order of preference.
 CANDIDATES = {
     "cpu": _compiled("cpu", _library.CPU_REASON),
     "cuda": _compiled("cuda", _library.CUDA_REASON),
+    "triton": _triton,
     "reference": lambda device: (reference, None),
 }
 _logged: set[str] = set()
