@@ -1,0 +1,250 @@
+"""Draws the results and writes the README's table, both from the rows: ``python bench/plots.py --readme README.md``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from rows import Row, default_path, read
+from workloads import WORKLOADS, scaling
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+# The order of importance, which is the order of bars and columns. Colours stay with a provider in all plots.
+COLORS = {
+    "official": "#7f7f7f",
+    "pytorch_optimizer": "#c49c94",
+    "pytorch_optimizer default": "#e0c9c4",
+    "foreach": "#ffbb78",
+    "compiled": "#ff7f0e",
+    "fsam_ext": "#1f77b4",
+    "fsam_ext flat": "#08306b",
+    "fsam_ext graph": "#2ca02c",
+    "fsam_ext flat graph": "#145214",
+    "fsam_ext triton": "#9467bd",
+    "fsam_ext reference": "#c5b0d5",
+    "sam": "#98df8a",
+    "base": "#d9d9d9",
+}
+PEERS = ("official", "pytorch_optimizer", "foreach", "compiled")
+OURS = ("fsam_ext", "fsam_ext flat")
+
+
+class Figures:
+    """Rows that can be asked for one figure."""
+
+    def __init__(self, rows: list[Row], device: str) -> None:
+        self.rows = [row for row in rows if row.device == device]
+        self._found = {(r.provider, r.workload, r.dtype, r.base, r.metric): r for r in self.rows}
+
+    def get(self, provider: str, workload: str, metric: str, dtype: str = "fp32", base: str = "sgd") -> Row | None:
+        """The row, or None where it was not measured."""
+        row = self._found.get((provider, workload, dtype, base, metric))
+        return row if row is not None and row.median is not None else None
+
+    def cases(self, metric: str) -> list[tuple[str, str, str]]:
+        """(workload, dtype, base) for which our package has this metric, in the order of the workloads."""
+        order = {name: i for i, name in enumerate(WORKLOADS)}
+        found = {
+            (r.workload, r.dtype, r.base)
+            for r in self.rows
+            if r.provider == "fsam_ext" and r.metric == metric and r.workload in order
+        }
+        return sorted(found, key=lambda case: (case[1] != "fp32", case[2] != "sgd", order[case[0]]))
+
+
+def _label(case: tuple[str, str, str]) -> str:
+    workload, dtype, base = case
+    return f"{WORKLOADS[workload].title}\n{dtype}, {base}"
+
+
+# ---- Plots ---------------------------------------------------------------------------------------------------------
+
+
+def draw(path: Path) -> list[Path]:
+    """Draws every plot that the rows of a file allow, next to it; returns the files written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.hashsalt": "fsam"})
+    rows = read(path)
+    written = []
+    for device in dict.fromkeys(row.device for row in rows if row.median is not None):
+        figures = Figures(rows, device)
+        for name, plot in (("speedup", speedup), ("bus", bus), ("growth", growth)):
+            figure = plot(figures, plt)
+            if figure is None:
+                continue
+            figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))
+            figure.text(0.005, 0.005, _caption(figures), fontsize=6, color="#666666", va="bottom")
+            target = path.with_name(f"{path.stem}-{device}-{name}.svg")
+            figure.savefig(target, metadata={"Date": None})
+            plt.close(figure)
+            written.append(target)
+    return written
+
+
+def _caption(figures: Figures) -> str:
+    row = max((r for r in figures.rows if r.median is not None), key=lambda r: r.date)
+    return f"{row.machine}, {row.threads} threads; {row.versions}; {row.commit or 'no commit'}, {row.date}"
+
+
+def speedup(figures: Figures, plt):
+    """Bars: how many times faster than the official sequence, for each workload. Below 1 is slower."""
+    cases = [case for case in figures.cases("step") if figures.get("official", case[0], "step", *case[1:])]
+    if not cases:
+        return None
+    names = [n for n in COLORS if n != "official" and any(_speedup(figures, n, c) for c in cases)]
+    names = [n for n in names if n not in ("base", "sam")]
+    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.16 * (len(names) + 1.5) * len(cases)), layout="constrained")
+    height = 1 / (len(names) + 1.5)
+    for i, name in enumerate(names):
+        for j, case in enumerate(cases):
+            row = _speedup(figures, name, case)
+            if row is None:
+                continue
+            y = j + (i - (len(names) - 1) / 2) * height
+            label = name if name not in axes.get_legend_handles_labels()[1] else None
+            error = [[row.median - row.q20], [row.q80 - row.median]]
+            axes.barh(y, row.median, height, color=COLORS[name], label=label, xerr=error, error_kw={"lw": 0.8})
+            axes.text(row.q80 * 1.04, y, f"{row.median:.3g}x", va="center", fontsize=7)
+    axes.axvline(1, color=COLORS["official"], lw=1)
+    axes.set_xscale("log")
+    axes.set_xlim(right=axes.get_xlim()[1] * 1.6)
+    axes.set_yticks(range(len(cases)), [_label(case) for case in cases])
+    axes.invert_yaxis()
+    axes.set_xlabel("optimizer part of a step: times faster than the official sequence (median, 20-80 %)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.5 / figure.get_figheight()), ncols=5, frameon=False)
+    return figure
+
+
+def _speedup(figures: Figures, name: str, case: tuple[str, str, str]) -> Row | None:
+    return figures.get(name, case[0], "speedup_over official", *case[1:])
+
+
+def bus(figures: Figures, plt):
+    """Roofline: each implementation's rate over the bytes that F-SAM must move, under what a triad reaches there."""
+    cases = figures.cases("achieved")
+    if not cases:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    for j, case in enumerate(cases):
+        triad = figures.get("triad", case[0], "bus", *case[1:])
+        if triad is not None:
+            label = "triad of the same size: the limit" if j == 0 else None
+            axes.plot([j - 0.42, j + 0.42], [triad.median] * 2, color="black", lw=2, label=label)
+            axes.fill_between([j - 0.42, j + 0.42], triad.q20, triad.q80, color="black", alpha=0.12, lw=0)
+        names = [n for n in COLORS if figures.get(n, case[0], "achieved", *case[1:])]
+        for i, name in enumerate(names):
+            row = figures.get(name, case[0], "achieved", *case[1:])
+            label = name if name not in axes.get_legend_handles_labels()[1] else None
+            x = j - 0.36 + 0.72 * i / max(1, len(names) - 1)
+            error = [[row.median - row.q20], [row.q80 - row.median]]
+            axes.errorbar(x, row.median, error, fmt="o", ms=5, lw=0.8, color=COLORS[name], label=label)
+    axes.set_yscale("log")
+    axes.set_ylabel("bytes that F-SAM must move / time, GB/s")
+    axes.set_xticks(range(len(cases)), [_label(case) for case in cases], rotation=35, ha="right", fontsize=7)
+    axes.grid(axis="y", which="both", lw=0.3)
+    figure.legend(loc="outside upper center", ncols=5, frameon=False)
+    return figure
+
+
+def growth(figures: Figures, plt):
+    """Cost of the optimizer part against the number of parameters, both logarithmic."""
+    works = [work for work in scaling(3e8) + scaling(1e8) if figures.get("fsam_ext", work.name, "step")]
+    works = sorted({work.name: work for work in works}.values(), key=lambda work: work.numel)
+    if len(works) < 2:
+        return None
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    for name, color in COLORS.items():
+        points = [(w.numel, r) for w in works if (r := figures.get(name, w.name, "step"))]
+        if not points:
+            continue
+        x, found = zip(*points)
+        axes.plot(x, [r.median for r in found], "o-", color=color, label=name, ms=4)
+        axes.fill_between(x, [r.q20 for r in found], [r.q80 for r in found], color=color, alpha=0.15, lw=0)
+    limit = [(w.numel, _limit(figures, w.name, w.numel)) for w in works]
+    limit = [point for point in limit if point[1]]
+    if limit:
+        axes.plot(*zip(*limit), "k--", lw=1, label="the bytes at the triad's rate")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("parameters (97 tensors, as in a transformer of 12 layers)")
+    axes.set_ylabel("optimizer part of a step, ms (median, 20-80 %)")
+    axes.grid(which="major", lw=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _limit(figures: Figures, workload: str, numel: int) -> float | None:
+    from providers import bytes_per_parameter
+
+    triad = figures.get("triad", workload, "bus")
+    return numel * bytes_per_parameter(torch.float32, "sgd") / triad.median / 1e6 if triad else None
+
+
+# ---- The README's table --------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line for each optimizer workload in fp32 with SGD, ours against every peer."""
+    device = "cuda" if any(row.device == "cuda" and row.median is not None for row in rows) else "cpu"
+    figures = Figures(rows, device)
+    head = ["workload", "official", *(f"{name}" for name in (*PEERS[1:], *OURS)), "of the memory bus"]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    measured = [case for case in figures.cases("step") if case[1:] == ("fp32", "sgd")]
+    for workload, dtype, base in measured:
+        official = figures.get("official", workload, "step", dtype, base)
+        cells = [WORKLOADS[workload].title, f"{official.median:.3g} ms" if official else "-"]
+        for name in (*PEERS[1:], *OURS):
+            row = figures.get(name, workload, "speedup_over official", dtype, base)
+            text = f"{row.median:.3g}x" if row else "-"
+            cells.append(f"**{text}**" if row and name in OURS else text)
+        fractions = [figures.get(name, workload, "bus_fraction", dtype, base) for name in OURS]
+        known = [f"{row.median:.2f}" if row else "-" for row in fractions]
+        cells.append(" / ".join(known))
+        lines.append("| " + " | ".join(cells) + " |")
+    if not measured:
+        raise ValueError("there are no rows of an optimizer workload in fp32 with SGD; run bench/run.py first")
+    caption = (
+        "Time of the official sequence, and how many times faster each one is (median over alternating rounds; SGD "
+        "with momentum, fp32, the optimizer part of a step). Last column: the bytes that F-SAM must move over the "
+        f"time, as a fraction of a triad's rate, not flattened / flattened. {_caption(figures)}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def put_between_markers(text: str, content: str) -> str:
+    """``text`` with ``content`` between the two marker lines.
+
+    Raises:
+        ValueError: the markers are not there once each, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the file must hold {BEGIN} and after it {END}, once each, around the table")
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    return f"{before}\n{content}\n{after}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=Path, default=default_path(device), help="the CSV file (this machine's)")
+    parser.add_argument("--readme", type=Path, help="rewrite the table in this file, between the two markers")
+    args = parser.parse_args(argv)
+    rows = read(args.rows)
+    if not rows:
+        raise SystemExit(f"--rows {args.rows}: there are no rows; run bench/run.py first")
+    for path in draw(args.rows):
+        print(path)
+    if args.readme is not None:
+        args.readme.write_text(put_between_markers(args.readme.read_text(), table(rows)))
+    else:
+        print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
