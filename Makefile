@@ -23,10 +23,10 @@ CPP          = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint format bench sanitize wheel clean FORCE
+.PHONY: help demo test build lint format bench bench-full cuda-check gpu-check sanitize wheel clean FORCE
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.extra-demo ## train on Fashion-MNIST: plain, SAM and F-SAM
 	$(BUILD) --inplace
@@ -52,6 +52,16 @@ format: $(VENV)/.extra-dev ## put the style right
 bench: $(VENV)/.extra-bench ## compare with every peer; rows go to bench/results
 	$(BUILD) --inplace
 	$(PY) bench/run.py $(ARGS)
+
+bench-full: ## every combination; may take an hour
+	$(MAKE) bench ARGS="--full $(ARGS)"
+
+cuda-check: $(VENV)/.extra-dev ## registers, spills and vector width of every CUDA kernel and architecture
+	FSAM_CUDA=1 $(BUILD) --inplace
+	$(PY) bench/cuda_check.py $(ARGS)
+
+gpu-check: ## on a GPU, with torch installed already: tests, sanitizer and benchmark there
+	$(PYTHON) bench/gpu_check.py $(ARGS)
 
 # The sanitizers' runtimes have to be loaded before Python's own libraries. libstdc++ comes with them: they look for
 # its exception functions when they start, and Python itself does not bring it. pytest must not capture file descriptors,

@@ -53,6 +53,9 @@ FSAM_LIBRARY(FSAM_NAMESPACE, m) {
       "Tensor? found_inf, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
       "float weight_decay, bool decoupled, bool maximize) -> ()");
 
+  // Asks for huge pages behind a CPU buffer, before it is touched; no backend op.
+  m.def("advise_huge_pages(Tensor buffer) -> ()");
+
   // The instruction set that the CPU kernels use here; no backend op.
   m.def("cpu_isa() -> str");
 }

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _library
 from .ops import compute_dtype
 
 # Each slice starts on a line of 128 bytes: what a GPU fetches at once, and two lines of a CPU.
@@ -38,6 +39,14 @@ def aligned_numel(numel: int, dtype: torch.dtype) -> int:
 def memory_view(flat: Tensor, offset: int, like: Tensor) -> Tensor:
     """The slice of ``flat`` at ``offset`` with the shape and the memory order of ``like``."""
     return flat.as_strided(like.shape, like.stride(), flat.storage_offset() + offset)
+
+
+def empty_flat(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised flat buffer, on huge pages where the system gives them: csrc/cpu/ops.cpp, NOTE [huge pages]."""
+    flat = torch.empty(numel, dtype=dtype, device=device)
+    if device.type == "cpu" and _library.CPU_REASON is None:
+        torch.ops.fsam_ext.advise_huge_pages(flat)
+    return flat
 
 
 class FlatState:
@@ -70,7 +79,7 @@ class FlatState:
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < size:
             dtype = {"step": torch.float32, "backup": self.dtype}.get(name, compute_dtype(self.dtype))
-            grown = torch.full((size,), FILL[name], dtype=dtype, device=self.device)
+            grown = empty_flat(size, dtype, self.device).fill_(FILL[name])
             if buffer is not None:
                 grown[: buffer.numel()].copy_(buffer)
                 self.generation += 1

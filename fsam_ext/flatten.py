@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .flat_state import aligned_numel, memory_view
+from .flat_state import aligned_numel, empty_flat, memory_view
 
 
 class FlatParameters:
@@ -27,8 +27,8 @@ class FlatParameters:
         for param in params:
             self.offset[param] = numel
             numel += aligned_numel(param.numel(), param.dtype)
-        self.data = torch.zeros(numel, dtype=first.dtype, device=first.device)
-        self.grad: Tensor | None = torch.zeros_like(self.data) if grads else None
+        self.data = empty_flat(numel, first.dtype, first.device).zero_()
+        self.grad: Tensor | None = empty_flat(numel, first.dtype, first.device).zero_() if grads else None
         for param in params:
             view = memory_view(self.data, self.offset[param], param.data)
             view.copy_(param.data)

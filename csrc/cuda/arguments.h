@@ -1,0 +1,63 @@
+// What the kernels are told beside the table of tensors: plain data, copied into the kernels' parameters.
+#pragma once
+
+#include "../storage.h"
+
+namespace fsam::cuda {
+
+// NOTE [numbers on the device]
+// The loss scale, a capturable learning rate, the norm: whatever lives in a tensor is read by the
+// kernel that needs it and never by the host, so nothing waits and a CUDA graph replays with the
+// values of the day. One thread computes what follows from them, in double, for its whole block.
+struct Number {
+  const void* data;  // of a tensor of one element, or null
+  bool is_double;
+  double otherwise;
+};
+
+// Pointers named after state are to flat buffers.
+template <class S>
+struct NoiseNormArguments {
+  const S* ema;  // null where the formula has none
+  Number grad_scale;
+  double sigma, lmbda;
+  S* slots;  // [kStatistics][chunks]
+  int64_t chunks;
+};
+
+template <class T>
+struct PerturbArguments {
+  compute_t<T>* ema;  // null where the formula has none
+  T* backup;
+  const double* stats;
+  Number grad_scale, rho;
+  double sigma, lmbda, eps;
+};
+
+// What the two fused bases share.
+template <class T>
+struct UpdateArguments {
+  const T* backup;      // null: the update starts from the parameters as they are
+  const double* stats;  // or null
+  Number found_inf, grad_scale, lr;
+};
+
+template <class T>
+struct SgdArguments {
+  UpdateArguments<T> update;
+  compute_t<T>* momentum_buffer;  // null without momentum
+  double momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+};
+
+template <class T>
+struct AdamArguments {
+  UpdateArguments<T> update;
+  compute_t<T>* exp_avg;
+  compute_t<T>* exp_avg_sq;
+  const float* steps;
+  double beta1, beta2, eps, weight_decay;
+  bool decoupled, maximize;
+};
+
+}  // namespace fsam::cuda

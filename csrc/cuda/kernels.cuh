@@ -1,0 +1,640 @@
+// The three passes as CUDA kernels over a table of tensors: plain pointers in, no torch.
+//
+// nvcc compiles this file for GPUs; the tests compile it, unmodified, with a host compiler against an emulation of
+// CUDA (tests/cuda_emulation) and run it on the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../formulas.h"
+#include "../storage.h"
+#include "../tensor_table.h"
+#include "arguments.h"
+
+// The emulation hands out shared memory itself, so that it can poison what a block has not written.
+#ifndef CUDA_SHARED
+#define CUDA_SHARED(type, name) __shared__ type name
+#endif
+
+namespace fsam::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarp;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kBlocksPerSm = 2;  // at least: room for 128 registers a thread, see NOTE [groups of 16 bytes]
+
+// ---- What a launch works on --------------------------------------------------------------------
+
+// NOTE [one warp, one piece]
+// A warp walks consecutive elements and never waits for another. In a large row the eight warps of
+// a block take an eighth of a chunk each; a row of at most kWarpRow elements is the work of one
+// warp, so that thousands of biases and norms do not cost a block each. Which of the two a row is
+// depends on its size alone, and so does the order of every sum.
+constexpr int kPiece = kChunk / kWarps;
+constexpr int kWarpRow = 2048;
+
+// NOTE [the table is a kernel parameter]
+// The rows travel by value with the launch: no copy to the device, no pinned buffer that would have
+// to outlive it, nothing for a CUDA graph to freeze but the pointers themselves. Since CUDA 12.1 a
+// kernel takes 32,764 bytes of parameters. All of them are written for each launch, so models of few
+// tensors (and flattened ones: a single row) use a small table.
+template <int kRows>
+struct Table {
+  static constexpr int kCapacity = kRows;
+  void* param[kRows];
+  const void* grad[kRows];
+  int64_t offset[kRows];       // of the row's slice in every flat buffer, in elements
+  int64_t numel[kRows];        // never 0
+  int32_t first_block[kRows];  // of a large row
+  int32_t id[kRows];           // noise_norm: the row's first chunk; restore_adam: its step count
+  int32_t large;               // rows [0, large) are large, rows [large, rows) are the work of one warp
+  int32_t rows;
+  int32_t large_blocks;
+};
+constexpr int kSmallTable = 64;
+constexpr int kLargeTable = 800;
+
+// What one warp works on: n elements of a row of the table, from `begin` on.
+struct Piece {
+  int row;
+  int64_t begin;
+  int n;
+};
+
+template <class Rows>
+__device__ __forceinline__ Piece piece_of(const Rows& table, int warp) {
+  const int block = blockIdx.x;
+  if (block >= table.large_blocks) {
+    const int row = table.large + (block - table.large_blocks) * kWarps + warp;
+    return row < table.rows ? Piece{row, 0, int(table.numel[row])} : Piece{0, 0, 0};
+  }
+  int row = 0;  // the last one whose first block is not after this one
+  for (int after = table.large; after - row > 1;) {
+    const int middle = (row + after) / 2;
+    if (table.first_block[middle] <= block) {
+      row = middle;
+    } else {
+      after = middle;
+    }
+  }
+  const int64_t begin = int64_t(block - table.first_block[row]) * kChunk + warp * kPiece;
+  const int64_t left = table.numel[row] - begin;
+  return {row, begin, left <= 0 ? 0 : left < kPiece ? int(left) : kPiece};
+}
+
+__device__ __forceinline__ double value_of(const Number& number) {
+  if (number.data == nullptr) return number.otherwise;
+  return number.is_double ? *static_cast<const double*>(number.data) : *static_cast<const float*>(number.data);
+}
+
+// ---- Storage types -----------------------------------------------------------------------------
+
+// The GPU's own conversions where it has them: the bits of storage.h but for the payload of a NaN.
+__device__ __forceinline__ float widen(float x) {
+  return x;
+}
+__device__ __forceinline__ double widen(double x) {
+  return x;
+}
+__device__ __forceinline__ float widen(bfloat16 x) {
+  return widen_bfloat16(uint32_t(x.bits));
+}
+__device__ __forceinline__ float widen(half x) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#else
+  return widen_half(uint32_t(x.bits));
+#endif
+}
+
+__device__ __forceinline__ void narrow(float x, float& to) {
+  to = x;
+}
+__device__ __forceinline__ void narrow(double x, double& to) {
+  to = x;
+}
+__device__ __forceinline__ void narrow(float x, bfloat16& to) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
+  to.bits = uint16_t(narrow_bfloat16(x));
+#endif
+}
+__device__ __forceinline__ void narrow(float x, half& to) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
+  to.bits = uint16_t(narrow_half(x));
+#endif
+}
+
+// ---- Memory ------------------------------------------------------------------------------------
+
+// NOTE [groups of 16 bytes]
+// A lane takes as many parameters at once as fill 16 bytes, the widest access there is, and their
+// fp32 state with one or two more. A lane has the loads of kInFlight groups under way before it uses
+// the first: 16 parameters (8 of fp64) keep enough bytes in flight at an occupancy of a quarter. Adam on fp64, with four
+// operands of eight bytes, has registers for half of that.
+constexpr int kAccess = 16;
+template <class T>
+constexpr int kGroup = kAccess / int(sizeof(T));
+template <class T>
+constexpr int kInFlight = sizeof(T) == 2 ? 2 : 4;
+
+template <class E, int kCount>
+struct alignas(kAccess) Pack {
+  E v[kCount];
+};
+
+// NOTE [cache hints]
+// `soon`: read again by the next pass over the model or by the forward pass (g, m, w in pass A, which
+// writes none of them; the weights that B and C write), worth keeping in the L2. `late`: not touched before all of the model
+// has gone by, so it should leave the L2 first. Both are spelled as intrinsics: nvcc may split an ordinary
+// copy of 16 bytes into words and not put it together again.
+enum class Reuse { soon, late };
+
+template <Reuse kReuse, class E, int kCount>
+__device__ __forceinline__ void load_vector(const E* p, Pack<E, kCount>& to) {
+  const uint4* from = reinterpret_cast<const uint4*>(p);
+  uint4* words = reinterpret_cast<uint4*>(&to);
+#pragma unroll
+  for (int i = 0; i < int(sizeof to) / kAccess; ++i) {
+    words[i] = kReuse == Reuse::late ? __ldcs(from + i) : __ldg(from + i);
+  }
+}
+template <Reuse kReuse, class E, int kCount>
+__device__ __forceinline__ void store_vector(E* p, const Pack<E, kCount>& from) {
+  uint4* to = reinterpret_cast<uint4*>(p);
+  const uint4* words = reinterpret_cast<const uint4*>(&from);
+#pragma unroll
+  for (int i = 0; i < int(sizeof from) / kAccess; ++i) {
+    if constexpr (kReuse == Reuse::late) {
+      __stcs(to + i, words[i]);
+    } else {
+      __stwb(to + i, words[i]);
+    }
+  }
+}
+template <class E, int kCount>
+__device__ __forceinline__ void load_elements(const E* p, int count, Pack<E, kCount>& to) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) to.v[j] = j < count ? p[j] : E{};
+}
+template <class E, int kCount>
+__device__ __forceinline__ void store_elements(E* p, int count, const Pack<E, kCount>& from) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    if (j < count) p[j] = from.v[j];
+  }
+}
+
+__device__ __forceinline__ bool is_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % kAccess == 0;
+}
+
+// How a group is reached. Whole: it is complete and every pointer is aligned.
+struct Whole {
+  template <Reuse kReuse, class E, int kCount>
+  __device__ __forceinline__ void load(const E* p, Pack<E, kCount>& to) const {
+    load_vector<kReuse>(p, to);
+  }
+  template <Reuse kReuse, class E, int kCount>
+  __device__ __forceinline__ void store(E* p, const Pack<E, kCount>& from) const {
+    store_vector<kReuse>(p, from);
+  }
+  __device__ __forceinline__ bool has(int) const { return true; }
+};
+
+// Part: the row ends inside the group, or some pointer is misaligned; the others still move 16 bytes at once.
+struct Part {
+  int count;
+
+  template <Reuse kReuse, class E, int kCount>
+  __device__ __forceinline__ void load(const E* p, Pack<E, kCount>& to) const {
+    if (count == kCount && is_aligned(p)) {
+      load_vector<kReuse>(p, to);
+    } else {
+      load_elements(p, count, to);
+    }
+  }
+  template <Reuse kReuse, class E, int kCount>
+  __device__ __forceinline__ void store(E* p, const Pack<E, kCount>& from) const {
+    if (count == kCount && is_aligned(p)) {
+      store_vector<kReuse>(p, from);
+    } else {
+      store_elements(p, count, from);
+    }
+  }
+  __device__ __forceinline__ bool has(int j) const { return j < count; }
+};
+
+// Walks n elements with the lanes of one warp. `work` has a type Loaded and, for the group of parameters of type T
+// that starts at element `at`, load(access, at, loaded) and finish(access, at, loaded). Which lane takes which element
+// does not depend on the alignment.
+template <class T, int kGroups = kInFlight<T>, class Work>
+__device__ __forceinline__ void walk(int n, bool aligned, Work& work) {
+  constexpr int kStride = kWarp * kGroup<T>;
+  const int lane = threadIdx.x % kWarp;
+  int at = lane * kGroup<T>;
+  if (aligned) {
+    const int whole = n / kGroup<T> * kGroup<T>;
+    for (; at < whole; at += kGroups * kStride) {
+      typename Work::Loaded loaded[kGroups];
+#pragma unroll
+      for (int k = 0; k < kGroups; ++k) {
+        if (at + k * kStride < whole) work.load(Whole{}, at + k * kStride, loaded[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kGroups; ++k) {
+        if (at + k * kStride < whole) work.finish(Whole{}, at + k * kStride, loaded[k]);
+      }
+    }
+    at = whole / kGroup<T> % kWarp == lane ? whole : n;  // the group in which the row ends
+  }
+  for (; at < n; at += kStride) {
+    const Part part{n - at < kGroup<T> ? n - at : kGroup<T>};
+    typename Work::Loaded loaded;
+    work.load(part, at, loaded);
+    work.finish(part, at, loaded);
+  }
+}
+
+// to = from, bit for bit.
+template <class T>
+struct Copy {
+  const T* from;
+  T* to;
+
+  using Loaded = Pack<T, kGroup<T>>;
+  template <class Access>
+  __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
+    access.template load<Reuse::late>(from + at, x);
+  }
+  template <class Access>
+  __device__ __forceinline__ void finish(Access access, int at, const Loaded& x) const {
+    access.template store<Reuse::soon>(to + at, x);
+  }
+};
+template <class T>
+__device__ __forceinline__ void copy(const T* from, T* to, int n) {
+  Copy<T> work{from, to};
+  walk<T>(n, is_aligned(from) && is_aligned(to), work);
+}
+
+// ---- Pass A ------------------------------------------------------------------------------------
+
+template <class T, Ema kEma, bool kAdaptive>
+struct NoiseNorm {
+  using S = compute_t<T>;
+  const T* w;
+  const T* g;
+  const S* ema;
+  AscentScalars<S> s;
+  Statistics<S> sums;
+
+  struct Loaded {
+    Pack<T, kGroup<T>> w, g;
+    Pack<S, kGroup<T>> ema;
+  };
+  template <class Access>
+  __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
+    access.template load<Reuse::soon>(g + at, x.g);
+    if constexpr (kEma != Ema::none) access.template load<Reuse::soon>(ema + at, x.ema);
+    if constexpr (kAdaptive) access.template load<Reuse::soon>(w + at, x.w);
+  }
+  template <class Access>
+  __device__ __forceinline__ void finish(Access access, int, const Loaded& x) {
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) {
+      if (!access.has(j)) continue;
+      S weight(0), average(0);
+      if constexpr (kAdaptive) weight = widen(x.w.v[j]);
+      if constexpr (kEma != Ema::none) average = x.ema.v[j];
+      accumulate<kEma, kAdaptive>(sums, weight, widen(x.g.v[j]), average, s);
+    }
+  }
+};
+
+template <class S>
+__device__ __forceinline__ S warp_sum(S x) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    x = x + __shfl_xor_sync(kAllLanes, x, distance);
+  }
+  return x;
+}
+
+// Sums each chunk into a slot of its own: sum_slots_kernel adds the slots. See NOTE [chunks are fixed].
+template <class T, Ema kEma, bool kAdaptive, class Rows>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    noise_norm_kernel(const Rows __grid_constant__ table, const NoiseNormArguments<compute_t<T>> a) {
+  using S = compute_t<T>;
+  using Scalars = AscentScalars<S>;
+  using WarpSums = S[kStatistics][kWarps];
+  CUDA_SHARED(Scalars, scalars);
+  CUDA_SHARED(WarpSums, warp_sums);
+  const int block = blockIdx.x, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  if (thread == 0) scalars = ascent_scalars<S>(1.0 / value_of(a.grad_scale), a.sigma, a.lmbda, 0.0);
+  __syncthreads();
+
+  const Piece piece = piece_of(table, warp);
+  const T* w = static_cast<const T*>(table.param[piece.row]) + piece.begin;
+  const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
+  const S* ema = nullptr;
+  bool aligned = is_aligned(g);
+  if constexpr (kEma != Ema::none) {
+    ema = a.ema + table.offset[piece.row] + piece.begin;
+    aligned = aligned && is_aligned(ema);
+  }
+  if constexpr (kAdaptive) aligned = aligned && is_aligned(w);
+  NoiseNorm<T, kEma, kAdaptive> work{w, g, ema, scalars, {}};
+  walk<T>(piece.n, aligned, work);
+
+  const S sums[kStatistics] = {warp_sum(work.sums.noise_sq), warp_sum(work.sums.grad_sq),
+                               warp_sum(work.sums.grad_dot_ema), warp_sum(work.sums.ema_sq),
+                               warp_sum(work.sums.nonfinite)};
+  S* slot = a.slots + table.id[piece.row];
+  if (block >= table.large_blocks) {
+    if (lane == 0 && piece.n > 0) {
+      for (int k = 0; k < kStatistics; ++k) slot[k * a.chunks] = sums[k];
+    }
+    return;
+  }
+  if (lane == 0) {
+    for (int k = 0; k < kStatistics; ++k) warp_sums[k][warp] = sums[k];
+  }
+  __syncthreads();
+  if (thread < kStatistics) {
+    S sum = warp_sums[thread][0];
+    for (int i = 1; i < kWarps; ++i) sum = sum + warp_sums[thread][i];
+    slot[thread * a.chunks + (block - table.first_block[piece.row])] = sum;
+  }
+}
+
+// stats = the sums of the slots in fp64, a block for each statistic.
+constexpr int kSumThreads = 512;
+
+template <class S>
+__global__ void __launch_bounds__(kSumThreads) sum_slots_kernel(const S* slots, int64_t chunks, double* stats) {
+  using WarpSums = double[kSumThreads / kWarp];
+  CUDA_SHARED(WarpSums, warp_sums);
+  const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  const S* mine = slots + blockIdx.x * chunks;
+  double sum = 0;
+#pragma unroll 16
+  for (int64_t i = thread; i < chunks; i += kSumThreads) sum += double(mine[i]);
+  sum = warp_sum(sum);
+  if (lane == 0) warp_sums[warp] = sum;
+  __syncthreads();
+  if (warp == 0) {
+    sum = warp_sum(lane < kSumThreads / kWarp ? warp_sums[lane] : 0.0);
+    if (lane == 0) stats[blockIdx.x] = sum;
+  }
+}
+
+// ---- Pass B ------------------------------------------------------------------------------------
+
+template <class T, Ema kEma, bool kAdaptive>
+struct Perturb {
+  using S = compute_t<T>;
+  T* w;
+  const T* g;
+  S* ema;
+  T* backup;
+  AscentScalars<S> s;
+
+  struct Loaded {
+    Pack<T, kGroup<T>> w, g;
+    Pack<S, kGroup<T>> ema;
+  };
+  template <class Access>
+  __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
+    access.template load<Reuse::late>(w + at, x.w);
+    access.template load<Reuse::late>(g + at, x.g);
+    if constexpr (kEma != Ema::none) access.template load<Reuse::late>(ema + at, x.ema);
+  }
+  template <class Access>
+  __device__ __forceinline__ void finish(Access access, int at, Loaded& x) const {
+    access.template store<Reuse::late>(backup + at, x.w);
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) {
+      const S gradient = widen(x.g.v[j]) * s.inverse_scale;
+      S average(0);
+      if constexpr (kEma != Ema::none) average = x.ema.v[j];
+      const S d = noise<kEma>(gradient, average, s);
+      narrow(perturbed<kAdaptive>(S(widen(x.w.v[j])), d, s.step_length), x.w.v[j]);
+      if constexpr (kEma != Ema::none) {
+        x.ema.v[j] = ema_update(average, gradient, s.lmbda, s.one_minus_lmbda);
+      }
+    }
+    access.template store<Reuse::soon>(w + at, x.w);
+    if constexpr (kEma != Ema::none) access.template store<Reuse::late>(ema + at, x.ema);
+  }
+};
+
+template <class S>
+struct PerturbPrologue {
+  AscentScalars<S> scalars;
+  bool finite;
+};
+
+template <class T, Ema kEma, bool kAdaptive, class Rows>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    perturb_kernel(const Rows __grid_constant__ table, const PerturbArguments<T> a) {
+  using S = compute_t<T>;
+  using Prologue = PerturbPrologue<S>;
+  CUDA_SHARED(Prologue, prologue);
+  if (threadIdx.x == 0) {
+    const double noise_sq = a.stats[0];
+    prologue.scalars = ascent_scalars<S>(1.0 / value_of(a.grad_scale), a.sigma, a.lmbda,
+                                         perturbation_step_length(noise_sq, value_of(a.rho), a.eps));
+    prologue.finite = is_finite(noise_sq);
+  }
+  __syncthreads();
+
+  const Piece piece = piece_of(table, threadIdx.x / kWarp);
+  const int64_t in_buffer = table.offset[piece.row] + piece.begin;
+  T* w = static_cast<T*>(table.param[piece.row]) + piece.begin;
+  T* backup = a.backup + in_buffer;
+  if (!prologue.finite) {
+    copy(w, backup, piece.n);
+    return;
+  }
+  const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
+  S* ema = nullptr;
+  bool aligned = is_aligned(w) && is_aligned(g) && is_aligned(backup);
+  if constexpr (kEma != Ema::none) {
+    ema = a.ema + in_buffer;
+    aligned = aligned && is_aligned(ema);
+  }
+  Perturb<T, kEma, kAdaptive> work{w, g, ema, backup, prologue.scalars};
+  walk<T>(piece.n, aligned, work);
+}
+
+// ---- Pass C ------------------------------------------------------------------------------------
+
+template <class T, class Rows>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    restore_kernel(const Rows __grid_constant__ table, const T* backup) {
+  const Piece piece = piece_of(table, threadIdx.x / kWarp);
+  copy(backup + table.offset[piece.row] + piece.begin, static_cast<T*>(table.param[piece.row]) + piece.begin, piece.n);
+}
+
+// Whether pass C only restores: the ascent or the scaler met a non-finite gradient.
+template <class T>
+__device__ __forceinline__ bool skips(const UpdateArguments<T>& a) {
+  return (a.stats != nullptr && !is_finite(a.stats[0])) || value_of(a.found_inf) != 0;
+}
+
+template <class T, bool kMomentum>
+struct RestoreSgd {
+  using S = compute_t<T>;
+  T* w;
+  const T* g;
+  const T* from;
+  S* momentum_buffer;
+  SgdScalars<S> s;
+
+  struct Loaded {
+    Pack<T, kGroup<T>> w, g;
+    Pack<S, kGroup<T>> momentum_buffer;
+  };
+  template <class Access>
+  __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
+    access.template load<Reuse::late>(from + at, x.w);
+    access.template load<Reuse::late>(g + at, x.g);
+    if constexpr (kMomentum) access.template load<Reuse::late>(momentum_buffer + at, x.momentum_buffer);
+  }
+  template <class Access>
+  __device__ __forceinline__ void finish(Access access, int at, Loaded& x) const {
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) {
+      S buffer(0);
+      if constexpr (kMomentum) buffer = x.momentum_buffer.v[j];
+      narrow(sgd<kMomentum>(S(widen(x.w.v[j])), S(widen(x.g.v[j])), buffer, s), x.w.v[j]);
+      if constexpr (kMomentum) x.momentum_buffer.v[j] = buffer;
+    }
+    access.template store<Reuse::soon>(w + at, x.w);
+    if constexpr (kMomentum) access.template store<Reuse::late>(momentum_buffer + at, x.momentum_buffer);
+  }
+};
+
+template <class S>
+struct SgdPrologue {
+  SgdScalars<S> scalars;
+  bool skip;
+};
+
+template <class T, bool kMomentum, class Rows>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    restore_sgd_kernel(const Rows __grid_constant__ table, const SgdArguments<T> a) {
+  using S = compute_t<T>;
+  using Prologue = SgdPrologue<S>;
+  CUDA_SHARED(Prologue, prologue);
+  if (threadIdx.x == 0) {
+    prologue.scalars = sgd_scalars<S>(1.0 / value_of(a.update.grad_scale), value_of(a.update.lr), a.momentum,
+                                      a.dampening, a.weight_decay, a.nesterov, a.maximize);
+    prologue.skip = skips(a.update);
+  }
+  __syncthreads();
+
+  const Piece piece = piece_of(table, threadIdx.x / kWarp);
+  const int64_t in_buffer = table.offset[piece.row] + piece.begin;
+  T* w = static_cast<T*>(table.param[piece.row]) + piece.begin;
+  const T* from = a.update.backup == nullptr ? w : a.update.backup + in_buffer;
+  if (prologue.skip) {
+    if (from != w) copy(from, w, piece.n);
+    return;
+  }
+  const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
+  S* momentum_buffer = nullptr;
+  bool aligned = is_aligned(w) && is_aligned(g) && is_aligned(from);
+  if constexpr (kMomentum) {
+    momentum_buffer = a.momentum_buffer + in_buffer;
+    aligned = aligned && is_aligned(momentum_buffer);
+  }
+  RestoreSgd<T, kMomentum> work{w, g, from, momentum_buffer, prologue.scalars};
+  walk<T>(piece.n, aligned, work);
+}
+
+template <class T>
+struct RestoreAdam {
+  using S = compute_t<T>;
+  T* w;
+  const T* g;
+  const T* from;
+  S* exp_avg;
+  S* exp_avg_sq;
+  AdamScalars<S> s;
+  BiasCorrection<S> correction;
+
+  struct Loaded {
+    Pack<T, kGroup<T>> w, g;
+    Pack<S, kGroup<T>> exp_avg, exp_avg_sq;
+  };
+  template <class Access>
+  __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
+    access.template load<Reuse::late>(from + at, x.w);
+    access.template load<Reuse::late>(g + at, x.g);
+    access.template load<Reuse::late>(exp_avg + at, x.exp_avg);
+    access.template load<Reuse::late>(exp_avg_sq + at, x.exp_avg_sq);
+  }
+  template <class Access>
+  __device__ __forceinline__ void finish(Access access, int at, Loaded& x) const {
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) {
+      narrow(adam(S(widen(x.w.v[j])), S(widen(x.g.v[j])), x.exp_avg.v[j], x.exp_avg_sq.v[j], s, correction), x.w.v[j]);
+    }
+    access.template store<Reuse::soon>(w + at, x.w);
+    access.template store<Reuse::late>(exp_avg + at, x.exp_avg);
+    access.template store<Reuse::late>(exp_avg_sq + at, x.exp_avg_sq);
+  }
+};
+
+template <class S>
+struct AdamPrologue {
+  AdamScalars<S> scalars;
+  BiasCorrection<S> corrections[kWarps];  // for each warp: its row has a step count of its own
+  bool skip;
+};
+
+template <class T, class Rows>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    restore_adam_kernel(const Rows __grid_constant__ table, const AdamArguments<T> a) {
+  using S = compute_t<T>;
+  using Prologue = AdamPrologue<S>;
+  CUDA_SHARED(Prologue, prologue);
+  if (threadIdx.x < kWarps) {  // eight lanes compute at the price of one
+    const double lr = value_of(a.update.lr);
+    const double step = a.steps[table.id[piece_of(table, threadIdx.x).row]];
+    prologue.corrections[threadIdx.x] = bias_correction<S>(lr, a.beta1, a.beta2, step);
+    if (threadIdx.x == 0) {
+      prologue.scalars = adam_scalars<S>(1.0 / value_of(a.update.grad_scale), lr, a.beta1, a.beta2, a.eps,
+                                         a.weight_decay, a.decoupled, a.maximize);
+      prologue.skip = skips(a.update);
+    }
+  }
+  __syncthreads();
+
+  const int warp = threadIdx.x / kWarp;
+  const Piece piece = piece_of(table, warp);
+  const int64_t in_buffer = table.offset[piece.row] + piece.begin;
+  T* w = static_cast<T*>(table.param[piece.row]) + piece.begin;
+  const T* from = a.update.backup == nullptr ? w : a.update.backup + in_buffer;
+  if (prologue.skip) {
+    if (from != w) copy(from, w, piece.n);
+    return;
+  }
+  const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
+  S* exp_avg = a.exp_avg + in_buffer;
+  S* exp_avg_sq = a.exp_avg_sq + in_buffer;
+  const bool aligned =
+      is_aligned(w) && is_aligned(g) && is_aligned(from) && is_aligned(exp_avg) && is_aligned(exp_avg_sq);
+  RestoreAdam<T> work{w, g, from, exp_avg, exp_avg_sq, prologue.scalars, prologue.corrections[warp]};
+  walk<T, sizeof(T) == 8 ? 2 : kInFlight<T>>(piece.n, aligned, work);
+}
+
+}  // namespace fsam::cuda

@@ -1,0 +1,32 @@
+// From a table of tensors to kernel launches: the interface between the op bindings and the kernels.
+//
+// Each function queues its kernels on `stream` and returns at once. A table of any size is split into as many launches
+// as it takes; the chunks keep their numbers. Instantiated for each storage type in a source of its own.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../tensor_table.h"
+#include "arguments.h"
+
+namespace fsam::cuda {
+
+// Pass A: fills the slots and sums them into stats[0:kStatistics].
+template <class T>
+cudaError_t launch_noise_norm(const TensorTable& rows, Ema kind, bool adaptive,
+                              const NoiseNormArguments<compute_t<T>>& arguments, double* stats, cudaStream_t stream);
+
+template <class T>
+cudaError_t launch_perturb(const TensorTable& rows, Ema kind, bool adaptive, const PerturbArguments<T>& arguments,
+                           cudaStream_t stream);
+
+template <class T>
+cudaError_t launch_restore(const TensorTable& rows, const T* backup, cudaStream_t stream);
+
+template <class T>
+cudaError_t launch_restore_sgd(const TensorTable& rows, const SgdArguments<T>& arguments, cudaStream_t stream);
+
+template <class T>
+cudaError_t launch_restore_adam(const TensorTable& rows, const AdamArguments<T>& arguments, cudaStream_t stream);
+
+}  // namespace fsam::cuda

@@ -1,0 +1,7 @@
+// The kernels for fp64 parameters: a source of their own, so that the storage types compile in parallel.
+
+#include "launch.cuh"
+
+namespace fsam::cuda {
+FSAM_INSTANTIATE_LAUNCHES(double)
+}  // namespace fsam::cuda

@@ -1,0 +1,214 @@
+// The ops on CUDA tensors: tensors to plain pointers, on the current stream of the parameters' device.
+
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../op_arguments.h"
+#include "launch.h"
+
+#ifndef FSAM_NAMESPACE
+#define FSAM_NAMESPACE fsam_ext
+#endif
+
+namespace fsam::cuda {
+namespace {
+
+// The tests run the same bindings and kernels on CPU tensors.
+#if defined(CUDA_EMULATED)
+constexpr bool kOnCpu = true;
+#else
+constexpr bool kOnCpu = false;
+#endif
+
+// NOTE [the current stream]
+// The symbols that give a stream are not in every torch that this library loads in: torch_stream_native_handle came
+// with torch 2.13, and aoti_torch_get_current_cuda_stream is in libtorch_cuda, which a CPU build lacks. So they are
+// looked up when the first kernel is launched, among the libraries that are loaded by then.
+cudaStream_t current_stream(int32_t device) {
+  if constexpr (kOnCpu) return nullptr;
+  using NativeHandle = AOTITorchError (*)(StreamHandle, void**);
+  using CudaStream = AOTITorchError (*)(int32_t, void**);
+  static const auto native_handle = reinterpret_cast<NativeHandle>(dlsym(RTLD_DEFAULT, "torch_stream_native_handle"));
+  static const auto cuda_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<CudaStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  void* stream = nullptr;
+  if (native_handle != nullptr) {
+    StreamHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_stream(device, &handle));
+    const torch::stable::accelerator::Stream owner(handle);
+    TORCH_ERROR_CODE_CHECK(native_handle(handle, &stream));
+  } else {
+    STD_TORCH_CHECK(
+        cuda_stream != nullptr,
+        "fsam_ext: this torch gives no access to its current CUDA stream; use torch 2.10 or later, built for CUDA");
+    TORCH_ERROR_CODE_CHECK(cuda_stream(device, &stream));
+  }
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Calls launch(stream) with `device` as the current one, and turns its error into an exception.
+template <class Launch>
+void on_device(int32_t device, const Launch& launch) {
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if constexpr (!kOnCpu) guard.emplace(device);
+  const cudaError_t error = launch(current_stream(device));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would report it again
+  STD_TORCH_CHECK(false, "fsam_ext: a CUDA kernel could not be launched: ", cudaGetErrorString(error),
+                  error == cudaErrorNoKernelImageForDevice
+                      ? "; build fsam_ext with this GPU's compute capability in TORCH_CUDA_ARCH_LIST"
+                      : "");
+}
+
+// An optional number that lives in a tensor of one element.
+Number number(const OptionalTensor& tensor, const char* name, double otherwise) {
+  if (!tensor.has_value()) return {nullptr, false, otherwise};
+  if (dtype_of(*tensor) == dtype_number<double>()) {
+    return {small_data<double>(*tensor, name, 1, kOnCpu), true, otherwise};
+  }
+  return {small_data<float>(*tensor, name, 1, kOnCpu), false, otherwise};
+}
+
+// The rows of a call, checked; a launch numbers its chunks in 32 bits.
+Arguments checked_arguments(const Tensors& params, const Tensors* grads, const Tensor& offsets) {
+  Arguments result = arguments(params, grads, offsets);
+  STD_TORCH_CHECK(result.table.chunks <= INT32_MAX, "fsam_ext: a call takes at most 2^31 chunks of ", kChunk,
+                  " elements; use several param groups");
+  return result;
+}
+
+void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
+                const OptionalTensor& grad_scale, double sigma, double lmbda, bool adaptive, bool ema_updated,
+                const Tensor& partials, const Tensor& stats) {
+  double* total = small_data<double>(stats, "stats", kStatistics, kOnCpu);
+  const int32_t device = stats.get_device_index();
+  if (params.empty()) {
+    on_device(device,
+              [&](cudaStream_t stream) { return launch_noise_norm<float>({}, Ema::none, false, {}, total, stream); });
+  }
+  dispatch_storage(params, [&](auto storage) {
+    using T = decltype(storage);
+    using S = compute_t<T>;
+    const Arguments args = checked_arguments(params, &grads, offsets);
+    const int64_t chunks = args.table.chunks;
+    const S* average = flat_data<S>(ema, "ema", args.table, kOnCpu);
+    const NoiseNormArguments<S> values{average,
+                                       number(grad_scale, "grad_scale", 1.0),
+                                       sigma,
+                                       lmbda,
+                                       small_data<S>(partials, "partials", chunks * kStatistics, kOnCpu),
+                                       chunks};
+    const Ema kind = ema_kind(average != nullptr, ema_updated);
+    on_device(device, [&](cudaStream_t stream) {
+      return launch_noise_norm<T>(args.table, kind, adaptive, values, total, stream);
+    });
+  });
+}
+
+void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
+             const Tensor& backup, const Tensor& stats, const OptionalTensor& grad_scale, double rho,
+             const OptionalTensor& rho_tensor, double sigma, double lmbda, double eps, bool adaptive,
+             bool ema_updated) {
+  dispatch_storage(params, [&](auto storage) {
+    using T = decltype(storage);
+    using S = compute_t<T>;
+    const Arguments args = checked_arguments(params, &grads, offsets);
+    S* average = flat_data<S>(ema, "ema", args.table, kOnCpu);
+    const PerturbArguments<T> values{average,
+                                     flat_data<T>(backup, "backup", args.table, kOnCpu),
+                                     small_data<double>(stats, "stats", kStatistics, kOnCpu),
+                                     number(grad_scale, "grad_scale", 1.0),
+                                     number(rho_tensor, "rho_tensor", rho),
+                                     sigma,
+                                     lmbda,
+                                     eps};
+    const Ema kind = ema_kind(average != nullptr, ema_updated);
+    on_device(params[0].get_device_index(),
+              [&](cudaStream_t stream) { return launch_perturb<T>(args.table, kind, adaptive, values, stream); });
+  });
+}
+
+void restore(const Tensors& params, const Tensor& offsets, const Tensor& backup) {
+  dispatch_storage(params, [&](auto storage) {
+    using T = decltype(storage);
+    const Arguments args = checked_arguments(params, nullptr, offsets);
+    const T* saved = flat_data<T>(backup, "backup", args.table, kOnCpu);
+    on_device(params[0].get_device_index(),
+              [&](cudaStream_t stream) { return launch_restore<T>(args.table, saved, stream); });
+  });
+}
+
+// What the two fused bases share.
+template <class T>
+UpdateArguments<T> update_arguments(const TensorTable& table, const OptionalTensor& backup, const OptionalTensor& stats,
+                                    const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
+                                    const OptionalTensor& lr_tensor) {
+  return {flat_data<T>(backup, "backup", table, kOnCpu), small_data<double>(stats, "stats", kStatistics, kOnCpu),
+          number(found_inf, "found_inf", 0.0), number(grad_scale, "grad_scale", 1.0),
+          number(lr_tensor, "lr_tensor", lr)};
+}
+
+void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
+                 const OptionalTensor& momentum_buffer, const OptionalTensor& stats, const OptionalTensor& grad_scale,
+                 const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double momentum,
+                 double dampening, double weight_decay, bool nesterov, bool maximize) {
+  dispatch_storage(params, [&](auto storage) {
+    using T = decltype(storage);
+    using S = compute_t<T>;
+    const Arguments args = checked_arguments(params, &grads, offsets);
+    const SgdArguments<T> values{update_arguments<T>(args.table, backup, stats, grad_scale, found_inf, lr, lr_tensor),
+                                 flat_data<S>(momentum_buffer, "momentum_buffer", args.table, kOnCpu),
+                                 momentum,
+                                 dampening,
+                                 weight_decay,
+                                 nesterov,
+                                 maximize};
+    on_device(params[0].get_device_index(),
+              [&](cudaStream_t stream) { return launch_restore_sgd<T>(args.table, values, stream); });
+  });
+}
+
+void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
+                  const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& steps, const OptionalTensor& stats,
+                  const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
+                  const OptionalTensor& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
+                  bool decoupled, bool maximize) {
+  dispatch_storage(params, [&](auto storage) {
+    using T = decltype(storage);
+    using S = compute_t<T>;
+    const Arguments args = checked_arguments(params, &grads, offsets);
+    const AdamArguments<T> values{update_arguments<T>(args.table, backup, stats, grad_scale, found_inf, lr, lr_tensor),
+                                  flat_data<S>(exp_avg, "exp_avg", args.table, kOnCpu),
+                                  flat_data<S>(exp_avg_sq, "exp_avg_sq", args.table, kOnCpu),
+                                  small_data<float>(steps, "steps", int64_t(params.size()), kOnCpu),
+                                  beta1,
+                                  beta2,
+                                  eps,
+                                  weight_decay,
+                                  decoupled,
+                                  maximize};
+    on_device(params[0].get_device_index(),
+              [&](cudaStream_t stream) { return launch_restore_adam<T>(args.table, values, stream); });
+  });
+}
+
+}  // namespace
+}  // namespace fsam::cuda
+
+#if defined(CUDA_EMULATED)
+#define FSAM_DISPATCH_KEY CPU
+#else
+#define FSAM_DISPATCH_KEY CUDA
+#endif
+#define FSAM_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+
+FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, FSAM_DISPATCH_KEY, m) {
+  m.impl("noise_norm", TORCH_BOX(&fsam::cuda::noise_norm));
+  m.impl("perturb", TORCH_BOX(&fsam::cuda::perturb));
+  m.impl("restore", TORCH_BOX(&fsam::cuda::restore));
+  m.impl("restore_sgd", TORCH_BOX(&fsam::cuda::restore_sgd));
+  m.impl("restore_adam", TORCH_BOX(&fsam::cuda::restore_adam));
+}

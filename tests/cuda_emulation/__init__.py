@@ -1,0 +1,80 @@
+"""The CUDA backend without a GPU: its source compiled by the host compiler against an emulation of CUDA.
+
+``load()`` builds what is not up to date under ``build/`` and returns the five ops, which then serve CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+NAMESPACE = "fsam_ext_emulated"
+OPTIMISED = "-O1"
+SANITIZED = "-O0 -g -fsanitize=address,alignment -fno-sanitize-recover=alignment -fno-omit-frame-pointer"
+
+
+@functools.cache
+def _setup() -> ModuleType:
+    """setup.py as a module: how this project finds its tools and writes build files."""
+    spec = importlib.util.spec_from_file_location("fsam_ext_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _build(output: str, sources: list[str], link: str, sanitize: bool) -> Path:
+    setup = _setup()
+    torch, compiler = setup.Torch.find(), setup.find_compiler()
+    directory = Path("build/cuda_emulation" + ("_sanitized" if sanitize else "")) / Path(output).stem
+    mode = SANITIZED if sanitize else OPTIMISED
+    flags = (
+        f"-std=c++20 {mode} {setup.NUMERICS} -Wall -Wextra -Wno-unknown-pragmas "
+        f"-fno-strict-aliasing -fPIC -fvisibility=hidden -pthread {setup.TARGET} -DCUDA_EMULATED "
+        f"-DFSAM_NAMESPACE={NAMESPACE} -I{setup.quote(HERE / 'include')} -isystem {setup.quote(torch.include)}"
+    )
+    ninja = setup.NinjaFile(directory)
+    ninja.rule("cxx", f"{compiler} {flags} -MD -MF $out.d -x c++ -c $in -o $out", depfile=True)
+    ninja.rule("link", f"{compiler} -pthread {mode} -o $out $in {link.format(torch=setup.quote(torch.lib))}")
+    objects = [ninja.build(f"{source}.o", "cxx", [source]) for source in sources]
+    built = ninja.build(output, "link", objects)
+    command = [setup.find_ninja(), "-f", str(ninja.write()), "-j", "2"]
+    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{output} does not build:\n{result.stdout}{result.stderr}")
+    return ROOT / built
+
+
+def build(sanitize: bool = False) -> Path:
+    """Builds the emulated CUDA library and returns its path; with ``sanitize``, for AddressSanitizer and alignment."""
+    sources = ["csrc/schema.cpp", *_setup().cuda_sources()]
+    link = "-shared -L{torch} -Wl,--no-as-needed -ltorch_cpu"
+    return _build("fsam_ext_emulated.so", sources, link, sanitize)
+
+
+def build_planted_bugs(sanitize: bool = False) -> Path:
+    """Builds the program of planted_bugs.cu and returns its path."""
+    return _build("planted_bugs", ["tests/cuda_emulation/planted_bugs.cu"], "", sanitize)
+
+
+@functools.cache
+def load() -> SimpleNamespace:
+    """Returns the five ops of the emulated CUDA backend: a backend as ``fsam_ext.backends`` has them.
+
+    The environment variable ``FSAM_EMULATED_LIBRARY`` names a library that is built already: a sanitized one, say.
+    """
+    import torch
+
+    from fsam_ext import ops
+
+    torch.ops.load_library(os.environ.get("FSAM_EMULATED_LIBRARY") or build())
+    ops.register_fakes(NAMESPACE)
+    packets = getattr(torch.ops, NAMESPACE)
+    return SimpleNamespace(**{name: getattr(packets, name).default for name in ops.NAMES})

@@ -1,0 +1,112 @@
+"""The CUDA library as nvcc built it, checked without a GPU: what it needs, where it loads, what its kernels cost."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cuda_check
+from fsam_ext import _library, ops
+
+LIBRARY = _library.LIBRARY_DIR / "_C_cuda.abi3.so"
+ARCHITECTURES = {"75", "80", "86", "89", "90", "100", "120"}
+# Two sizes of table, 4 storage types; with each 6 + 6 kernels of the ascent, 1 restore, 2 SGD, 1 Adam, and a sum_slots.
+KERNELS = 2 * 4 * 16 + 4
+
+pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built: nvcc was not found")
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    if cuda_check.missing_tools():
+        pytest.skip(cuda_check.missing_tools())
+    found = cuda_check.read_library(LIBRARY)
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def passes(kernels):
+    return [kernel for kernel in kernels if kernel.op != "sum_slots"]
+
+
+def described(kernels) -> str:
+    return "; ".join(f"sm_{kernel.arch} {kernel.name}: {kernel}" for kernel in kernels)[:2000]
+
+
+def test_loads_and_registers_in_any_torch():
+    assert _library.CUDA_REASON is None
+    for name in ops.NAMES:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fsam_ext::{name}", "CUDA"), name
+
+
+def stable_shim_names(newest: tuple[int, int]) -> set[str]:
+    """The functions of torch's stable C shim that a torch of that version has."""
+    include = Path(torch.__file__).parent / "include/torch/csrc"
+    names = set()
+    for header in (include / "stable/c/shim.h", include / "inductor/aoti_torch/c/shim.h"):
+        hidden, depth = [], 0
+        for line in header.read_text().splitlines():
+            if re.match(r"\s*#\s*if", line):
+                depth += 1
+                since = re.search(r"FEATURE_VERSION >= TORCH_VERSION_(\d+)_(\d+)", line)
+                if since and (int(since[1]), int(since[2])) > newest:
+                    hidden.append(depth)
+            elif re.match(r"\s*#\s*endif", line):
+                if hidden and hidden[-1] == depth:
+                    hidden.pop()
+                depth -= 1
+            elif not hidden:
+                names.update(re.findall(r"\b(?:aoti_)?torch_\w+", line))
+    return names
+
+
+def test_needs_only_the_stable_shim_of_the_oldest_torch():
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", LIBRARY], text=True, capture_output=True, check=True
+    ).stdout
+    undefined = {line.split()[-1].partition("@")[0] for line in symbols.splitlines()}
+    of_torch = {name for name in undefined if name.startswith(("aoti_torch", "torch_"))}
+    assert "aoti_torch_get_current_stream" in of_torch
+    assert of_torch <= stable_shim_names((2, 10))
+    assert not {name for name in undefined if re.search(r"c10|at6Tensor|5torch|cuda|^cu[A-Z]", name)}
+
+
+def test_holds_every_architecture_and_ptx_for_later_ones(kernels):
+    assert {kernel.arch for kernel in kernels} == ARCHITECTURES
+    assert cuda_check.has_ptx(LIBRARY)
+    for arch in ARCHITECTURES:
+        assert sum(kernel.arch == arch for kernel in kernels) == KERNELS
+
+
+def test_nothing_spills(kernels):
+    spilled = [kernel for kernel in kernels if kernel.spills or kernel.stack or kernel.local]
+    assert not spilled, described(spilled)
+
+
+def test_registers_leave_room_for_full_bandwidth(passes):
+    """See NOTE [bytes in flight] in bench/cuda_check.py."""
+    starved = [
+        kernel
+        for kernel in passes
+        if kernel.bytes_in_flight_per_sm < cuda_check.GPUS[kernel.arch].bytes_in_flight_per_sm
+    ]
+    assert not starved, described(starved)
+
+
+def test_aligned_main_loops_move_16_bytes_at_once(passes):
+    narrow = [kernel for kernel in passes if not all(".128" in access for access in kernel.main_loop)]
+    assert not narrow, described(narrow)
+    for kernel in passes:
+        loads = sum(access.startswith("LDG") for access in kernel.main_loop)
+        assert loads >= kernel.bytes_in_flight_per_thread // 16, described([kernel])
+        stores = sum(access.startswith("STG") for access in kernel.main_loop)
+        assert (stores > 0) == (kernel.op != "noise_norm"), described([kernel])
+
+
+def test_library_is_small_enough_to_ship():
+    assert LIBRARY.stat().st_size < 16e6

@@ -1,0 +1,228 @@
+"""The CUDA source run by the emulation, beyond what every backend has to show in the conformance suite."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fsam_ext.backends import resolve
+
+from . import cuda_emulation
+from .cuda_problem import DTYPES, KINDS, SIZES, Problem, bits, same_bits
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    return cuda_emulation.load()
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return resolve("cpu", torch.device("cpu"))
+
+
+def assert_same_bits_as_cpu(emulated, cpu, run, *args, stats=(7.0, 0, 0, 0, 0), **kwargs):
+    ours, theirs = Problem(*args, **kwargs), Problem(*args, **kwargs)
+    for problem, backend in ((ours, emulated), (theirs, cpu)):
+        problem.stats.copy_(torch.tensor(stats, dtype=torch.float64))
+        run(problem, backend)
+    before = Problem(*args, **kwargs)
+    before.stats.copy_(ours.stats)
+    assert not same_bits(ours, before), "the op changed nothing"
+    assert same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+class TestSameBitsAsCpu:
+    """No multiplication and addition is contracted, so for the same norm both backends give the same bits."""
+
+    @pytest.mark.parametrize("kind, adaptive", KINDS)
+    def test_perturb(self, emulated, cpu, dtype, shift, kind, adaptive):
+        run = lambda problem, backend: problem.perturb(backend, kind, adaptive)  # noqa: E731
+        assert_same_bits_as_cpu(emulated, cpu, run, dtype, SIZES, shift)
+
+    def test_perturb_with_infinite_norm_only_fills_the_backup(self, emulated, cpu, dtype, shift):
+        run = lambda problem, backend: problem.perturb(backend)  # noqa: E731
+        assert_same_bits_as_cpu(emulated, cpu, run, dtype, SIZES, shift, stats=(torch.inf, 0, 0, 0, 0))
+
+    def test_restore(self, emulated, cpu, dtype, shift):
+        assert_same_bits_as_cpu(emulated, cpu, Problem.restore, dtype, SIZES, shift)
+
+    @pytest.mark.parametrize("with_backup", [True, False])
+    @pytest.mark.parametrize("momentum, nesterov, maximize", [(0, 0, 0), (0.9, 0, 0), (0.9, 1, 0), (0.9, 1, 1)])
+    def test_sgd(self, emulated, cpu, dtype, shift, momentum, nesterov, maximize, with_backup):
+        run = lambda problem, backend: problem.sgd(  # noqa: E731
+            backend, momentum, bool(nesterov), bool(maximize), with_backup
+        )
+        assert_same_bits_as_cpu(emulated, cpu, run, dtype, SIZES, shift)
+
+    @pytest.mark.parametrize("with_backup", [True, False])
+    @pytest.mark.parametrize("decoupled, maximize", [(True, False), (False, False), (False, True)])
+    def test_adam(self, emulated, cpu, dtype, shift, decoupled, maximize, with_backup):
+        run = lambda problem, backend: problem.adam(backend, decoupled, maximize, with_backup)  # noqa: E731
+        assert_same_bits_as_cpu(emulated, cpu, run, dtype, SIZES, shift)
+
+    @pytest.mark.parametrize("base", ["sgd", "adam"])
+    def test_skipped_update_only_restores(self, emulated, cpu, dtype, shift, base):
+        def run(problem, backend):
+            problem.found_inf.fill_(1)
+            getattr(problem, base)(backend)
+
+        assert_same_bits_as_cpu(emulated, cpu, run, dtype, SIZES, shift)
+
+
+@pytest.mark.parametrize("kind, adaptive", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_has_the_same_bits_in_any_order(emulated, monkeypatch, dtype, kind, adaptive):
+    reference = bits(Problem(dtype, SIZES).noise_norm(emulated, kind, adaptive))
+    assert torch.isfinite(reference.view(torch.float64)).all()
+    for seed, threads, shift in [(1, 1, 0), (7, 1, 0), (0, 2, 0), (3, 4, 0)]:
+        monkeypatch.setenv("FSAM_EMULATION_SEED", str(seed))
+        monkeypatch.setenv("FSAM_EMULATION_THREADS", str(threads))
+        assert torch.equal(bits(Problem(dtype, SIZES, shift).noise_norm(emulated, kind, adaptive)), reference)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_does_not_depend_on_alignment(emulated, dtype):
+    aligned, shifted = Problem(dtype, SIZES), Problem(dtype, SIZES, shift=1)
+    for name in ("params", "grads"):
+        for to, source in zip(getattr(shifted, name), getattr(aligned, name), strict=True):
+            to.copy_(source)
+    shifted.ema.copy_(aligned.ema)
+    assert shifted.params[5].data_ptr() % 16 and not aligned.params[5].data_ptr() % 16
+    assert torch.equal(bits(aligned.noise_norm(emulated)), bits(shifted.noise_norm(emulated)))
+
+
+@pytest.mark.parametrize("seed, threads", [(0, 1), (5, 3)])
+def test_more_rows_than_a_table_takes(emulated, cpu, monkeypatch, seed, threads):
+    monkeypatch.setenv("FSAM_EMULATION_SEED", str(seed))
+    monkeypatch.setenv("FSAM_EMULATION_THREADS", str(threads))
+    sizes = [(13 * i) % 97 if i % 50 else 2049 + i for i in range(2000)]
+    ours, theirs = Problem(torch.float32, sizes), Problem(torch.float32, sizes)
+    torch.testing.assert_close(ours.noise_norm(emulated), theirs.noise_norm(cpu), rtol=1e-5, atol=0)
+    ours.stats.copy_(theirs.stats)
+    for problem, backend in ((ours, emulated), (theirs, cpu)):
+        problem.perturb(backend)
+        problem.adam(backend)
+    assert same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("count", [63, 64, 65, 800, 801])
+def test_tables_filled_to_the_brim(emulated, cpu, count):
+    run = lambda problem, backend: problem.adam(backend)  # noqa: E731
+    assert_same_bits_as_cpu(emulated, cpu, run, torch.float32, [9] * count)
+
+
+def test_no_rows_give_zero_statistics(emulated):
+    for sizes in ([], [0], [0, 0]):
+        problem = Problem(torch.bfloat16, sizes)
+        assert problem.noise_norm(emulated).tolist() == [0] * 5
+        problem.stats.fill_(1)
+        for op in (problem.perturb, problem.restore, problem.sgd, problem.adam):
+            op(emulated)
+
+
+def test_zero_dimensional_and_channels_last(emulated, cpu):
+    for backend in (emulated, cpu):
+        params = [torch.tensor(2.0), torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last)]
+        grads = [torch.tensor(3.0), torch.arange(120.0).reshape(2, 3, 4, 5)]  # in another order than the parameter
+        backend.restore_sgd(
+            params, grads, torch.tensor([0, 4]), None, None, None, None, None, 0.5, None, 0.0, 0.0, 0.0, False, False
+        )
+        assert params[0].item() == 0.5
+        torch.testing.assert_close(params[1], 1 - 0.5 * torch.arange(120.0).reshape(2, 3, 4, 5))
+
+
+# ---- The emulator itself: each planted bug has to be caught ---------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return {sanitize: cuda_emulation.build_planted_bugs(sanitize) for sanitize in (False, True)}
+
+
+def run_planted(program: Path, bug: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([program, bug], text=True, capture_output=True, env={**os.environ, **environment}, timeout=60)
+
+
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+@pytest.mark.parametrize(
+    "bug, message",
+    [
+        ("none", "as expected"),
+        ("barrier in a branch", "divergent barrier: __syncthreads of line"),
+        ("two different barriers", "divergent barrier: "),
+        ("barrier after an early return", "divergent barrier: __syncthreads of line"),
+        ("lane outside the mask reads", "a lane calls a warp operation whose mask leaves it out"),
+        ("shuffle from outside the mask", "a shuffle reads a lane that is not in its mask"),
+        ("lanes with different masks", "lanes meet in a warp operation with different masks"),
+        ("lane missing from a shuffle", "divergent warp operation: line"),
+        ("missing barrier", "unexpected values"),
+        ("uninitialised shared memory", "unexpected values"),
+        ("blocks that expect an order", "unexpected values"),
+        ("misaligned hinted access", "misaligned access of 16 bytes"),
+        ("too much shared memory", "more than 48 KiB of shared memory"),
+        ("too many parameters", "invalid argument"),
+        ("no blocks", "invalid configuration argument"),
+    ],
+)
+def test_planted_bug_is_caught(planted, bug, message, seed):
+    result = run_planted(planted[False], bug, FSAM_EMULATION_SEED=seed)
+    assert message in result.stdout, result.stdout + result.stderr
+    assert result.returncode == (bug != "none")
+
+
+@pytest.mark.parametrize(
+    "bug, message",
+    [
+        ("none", "as expected"),
+        ("out of bounds", "AddressSanitizer: heap-buffer-overflow"),
+        ("misaligned vector access", "misaligned address"),
+    ],
+)
+def test_planted_bug_is_caught_by_a_sanitizer(planted, bug, message):
+    result = run_planted(planted[True], bug, ASAN_OPTIONS="detect_leaks=0")
+    assert message in result.stdout + result.stderr
+    assert (result.returncode != 0) == (bug != "none")
+
+
+def test_kernels_are_clean_under_sanitizers():
+    """Runs this file's comparisons, whose tensors end where their rows end, in a sanitized process."""
+    library = cuda_emulation.build(sanitize=True)
+    linked = subprocess.run(["ldd", library], text=True, capture_output=True, check=True).stdout
+    runtimes = [part[2] for part in map(str.split, linked.splitlines()) if part[0].startswith(("libasan", "libubsan"))]
+    assert any("asan" in runtime for runtime in runtimes)
+    # libstdc++ comes with them: they look for its exception functions when they start.
+    libstdcxx = next(part[2] for part in map(str.split, linked.splitlines()) if part[0].startswith("libstdc++"))
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            "TestSameBitsAsCpu or any_order or alignment or brim or zero",
+        ],  # fmt: skip
+        text=True,
+        capture_output=True,
+        env={
+            **os.environ,
+            "FSAM_EMULATED_LIBRARY": str(library),
+            "LD_PRELOAD": " ".join([*runtimes, libstdcxx]),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "FSAM_EMULATION_SEED": "11",
+        },
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert " passed" in result.stdout
