@@ -136,8 +136,8 @@ __device__ __forceinline__ void narrow(float x, half& to) {
 // NOTE [groups of 16 bytes]
 // A lane takes as many parameters at once as fill 16 bytes, the widest access there is, and their
 // fp32 state with one or two more. A lane has the loads of kInFlight groups under way before it uses
-// the first: 16 parameters (8 of fp64) keep enough bytes in flight at an occupancy of a quarter. Adam on fp64, with four
-// operands of eight bytes, has registers for half of that.
+// the first: 16 parameters (8 of fp64) keep enough bytes in flight at an occupancy of a quarter. Adam on fp64, with
+// four operands of eight bytes, has registers for half of that.
 constexpr int kAccess = 16;
 template <class T>
 constexpr int kGroup = kAccess / int(sizeof(T));
@@ -151,9 +151,9 @@ struct alignas(kAccess) Pack {
 
 // NOTE [cache hints]
 // `soon`: read again by the next pass over the model or by the forward pass (g, m, w in pass A, which
-// writes none of them; the weights that B and C write), worth keeping in the L2. `late`: not touched before all of the model
-// has gone by, so it should leave the L2 first. Both are spelled as intrinsics: nvcc may split an ordinary
-// copy of 16 bytes into words and not put it together again.
+// writes none of them; the weights that B and C write), worth keeping in the L2. `late`: not touched before all of the
+// model has gone by, so it should leave the L2 first. Both are spelled as intrinsics: nvcc may split an ordinary copy
+// of 16 bytes into words and not put it together again.
 enum class Reuse { soon, late };
 
 template <Reuse kReuse, class E, int kCount>
