@@ -76,11 +76,11 @@ class Segment:
     def advance_steps(self, stats: Tensor, by: int = 1) -> Tensor:
         """Counts updates of each parameter, unless ``stats`` has them skipped; returns the rows' counts."""
         steps = self.flat.buffers["step"]
-        applied = stats[0].isfinite().to(steps.dtype) * by
+        applied = stats[0].isfinite().to(steps.dtype)
         if isinstance(self._step_index, slice):
-            steps[self._step_index] += applied
+            steps[self._step_index].add_(applied, alpha=by)
         else:
-            steps.index_add_(0, self._step_index, applied.expand(len(self._step_index)))
+            steps.index_add_(0, self._step_index, applied.expand(len(self._step_index)), alpha=by)
         return steps[self._row_index]
 
 
