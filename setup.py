@@ -291,8 +291,9 @@ def plan_cuda_library(ninja: NinjaFile, torch: Torch, compiler: str, nvcc: str) 
     ninja.rule("nvcc", f"{base} {flags} $flags -MD -MF $out.d -c $in -o $out", depfile=True)
     ninja.rule(
         "nvlink",
-        f"{base} -shared -cudart static -o $out $in -L{quote(torch.lib)} "
-        "-Xlinker=-z,defs,--exclude-libs=ALL,--no-as-needed -ltorch_cpu",
+        # torch goes straight to the host linker: nvcc writes what it is told itself into the library.
+        f"{base} -shared -cudart static -o $out $in "
+        f"-Xlinker=-L{quote(torch.lib)},-z,defs,--exclude-libs=ALL,--no-as-needed,-ltorch_cpu",
     )
     objects = [ninja.build(f"{source}.o", "nvcc", [source]) for source in cuda_sources()]
     return ninja.build("_C_cuda.abi3.so", "nvlink", objects)

@@ -17,7 +17,7 @@ ARCHITECTURES = {"75", "80", "86", "89", "90", "100", "120"}
 # Two sizes of table, 4 storage types; with each 6 + 6 kernels of the ascent, 1 restore, 2 SGD, 1 Adam, and a sum_slots.
 KERNELS = 2 * 4 * 16 + 4
 
-pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built: nvcc was not found")
+pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library was not built")
 
 
 @pytest.fixture(scope="module")
