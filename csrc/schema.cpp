@@ -5,16 +5,7 @@
 // buffers in which row i owns the slice [offsets[i], offsets[i] + params[i].numel()). `offsets` is
 // an int64 tensor on the CPU: a list of ten thousand ints would be boxed one by one in every call.
 
-#include <torch/csrc/stable/library.h>
-
-// Another library may hold the same kernels for another target (the tests compile the CUDA source
-// for the CPU): it takes this schema under a namespace of its own.
-#ifndef FSAM_NAMESPACE
-#define FSAM_NAMESPACE fsam_ext
-#endif
-
-// The macro of torch pastes its argument, so it needs one more expansion.
-#define FSAM_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+#include "library.h"
 
 FSAM_LIBRARY(FSAM_NAMESPACE, m) {
   // Pass A. Writes stats[0:5] = sum d^2, sum g^2, sum g*m, sum m^2, count of non-finite g, over all

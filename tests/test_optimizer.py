@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fsam_ext import SAM, FriendlySAM, flatten_parameters
+from fsam_ext.flat_state import FlatState
 
 from .conformance import identical, unit
 from .official import OfficialFriendlySAM
@@ -209,6 +210,35 @@ def test_several_dtypes_in_one_optimizer():
         assert torch.allclose(p.double(), q, rtol=4 * torch.finfo(p.dtype).eps, atol=0.1 * torch.finfo(p.dtype).eps)
     optimizer.second_step()
     assert {optimizer.state[p]["ema"].dtype for p in params} == {torch.float32, torch.float64}
+
+
+class OnTwoDevices(FriendlySAM):
+    """Every other parameter counts as on `cpu:0`: another device than `cpu` to the optimizer, the same to torch."""
+
+    def _flat_state(self, param):
+        place = [q is param for q in self.param_groups[0]["params"]].index(True)
+        key = (param.dtype, torch.device("cpu", 0) if place % 2 else torch.device("cpu"))
+        return self._flats.setdefault(key, FlatState(*key))
+
+
+@pytest.mark.parametrize("base", ["sgd_momentum", "adamw"])
+def test_several_devices_in_one_optimizer(base):
+    """One norm over all of them, and a gradient that is not finite on one skips the step on each."""
+    base, kwargs = BASES[base]
+    mine, official = network(), network()
+    optimizer = OnTwoDevices(mine.parameters(), base, rho=0.2, **kwargs)
+    data = list(batches(20))
+    train(mine, optimizer, data)
+    train(official, OfficialFriendlySAM(official.parameters(), base, rho=0.2, **kwargs), data)
+    assert len(optimizer._totals) == 2
+    assert worst(official, mine) < 1e-12
+    before = [p.detach().clone() for p in mine.parameters()]
+    for half in (optimizer.first_step, optimizer.second_step):
+        for p in mine.parameters():
+            p.grad = torch.ones_like(p)
+        next(mine.parameters()).grad.view(-1)[0] = torch.inf
+        half()
+        assert all(map(identical, before, mine.parameters()))
 
 
 def test_state_keys_are_those_of_torch():

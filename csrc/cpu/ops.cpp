@@ -4,12 +4,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "../library.h"
 #include "../op_arguments.h"
 #include "isa.h"
-
-#ifndef FSAM_NAMESPACE
-#define FSAM_NAMESPACE fsam_ext
-#endif
 
 namespace fsam {
 namespace {
@@ -208,8 +205,6 @@ std::string cpu_isa() {
 
 }  // namespace
 }  // namespace fsam
-
-#define FSAM_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
 
 FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, CPU, m) {
   m.impl("noise_norm", TORCH_BOX(&fsam::noise_norm));

@@ -4,12 +4,9 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "../library.h"
 #include "../op_arguments.h"
 #include "launch.h"
-
-#ifndef FSAM_NAMESPACE
-#define FSAM_NAMESPACE fsam_ext
-#endif
 
 namespace fsam::cuda {
 namespace {
@@ -203,7 +200,6 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
 #else
 #define FSAM_DISPATCH_KEY CUDA
 #endif
-#define FSAM_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
 
 FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, FSAM_DISPATCH_KEY, m) {
   m.impl("noise_norm", TORCH_BOX(&fsam::cuda::noise_norm));
