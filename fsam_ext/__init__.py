@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .batch_norm import freeze_stats
+from .distributed import clip_grad_norm_
 from .flatten import FlatParameters, flatten_parameters
 from .optimizer import SAM, FriendlySAM
 
@@ -10,6 +11,7 @@ __all__ = [
     "FlatParameters",
     "FriendlySAM",
     "__version__",
+    "clip_grad_norm_",
     "flatten_parameters",
     "freeze_stats",
 ]

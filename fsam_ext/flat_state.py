@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from .distributed import Sharding, like, local
 from .ops import compute_dtype
 
 # Each slice starts on a line of 128 bytes: what a GPU fetches at once, and two lines of a CPU.
@@ -52,12 +53,15 @@ def empty_flat(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 class FlatState:
     """The layout of the parameters of one dtype on one device, and the flat buffers that follow it.
 
+    Of sharded parameters, which have ``sharding`` in common, it holds this rank's shards.
+
     ``generation`` changes whenever a buffer may have moved, so that views of it have to be taken anew.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, sharding: Sharding | None = None) -> None:
         self.dtype = dtype
         self.device = device
+        self.sharding = sharding
         self.offset: dict[Tensor, int] = {}
         self.index: dict[Tensor, int] = {}
         self.numel = 0
@@ -71,7 +75,7 @@ class FlatState:
             if param not in self.offset:
                 self.index[param] = len(self.index)
                 self.offset[param] = self.numel
-                self.numel += aligned_numel(param.numel(), self.dtype)
+                self.numel += aligned_numel(local(param).numel(), self.dtype)
 
     def buffer(self, name: str) -> Tensor:
         """The flat buffer of a state, made or grown to the present layout where needed."""
@@ -87,10 +91,10 @@ class FlatState:
         return buffer
 
     def view(self, name: str, param: Tensor) -> Tensor:
-        """The part of a flat buffer that belongs to a parameter."""
+        """The part of a flat buffer that belongs to a parameter, or to this rank's shard of it."""
         if name == "step":
             return self.buffers[name][self.index[param]]
-        return memory_view(self.buffers[name], self.offset[param], param)
+        return memory_view(self.buffers[name], self.offset[param], local(param))
 
     def publish(
         self,
@@ -108,6 +112,7 @@ class FlatState:
             view = self.view(name, param)
             value = state[param].get(name)
             if isinstance(value, Tensor):
+                value = local(value)
                 if value.data_ptr() == view.data_ptr() and value.dtype == view.dtype:
                     continue
                 view.copy_(value)
@@ -115,4 +120,4 @@ class FlatState:
                 view.fill_(value)
             elif start is not None:
                 view.fill_(start)
-            state[param][name] = view
+            state[param][name] = view if name == "step" else like(param, view)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from . import backends, checkpoints, ops, options
+from . import backends, checkpoints, distributed, ops, options
 from .base_update import GenericBase, base_defaults, fused_base, is_fused, number_or_tensor
 from .flat_state import FlatState
 from .flatten import REGISTRY, FlatParameters
@@ -127,7 +127,8 @@ class FriendlySAM(Optimizer):
     def _start(self) -> None:
         """What holds before the first step, and again whenever the state has been replaced."""
         self._stage = State.CLEAN
-        self._flats: dict[tuple[torch.dtype, torch.device], FlatState] = {}
+        self._flats: dict[tuple[Any, ...], FlatState] = {}
+        self._meshes: dict[int, tuple[list[Tensor], dict[Any, torch.device]]] = {}
         self._segments: dict[int, tuple[list[Segment], tuple[str, ...]]] = {}
         self._record: list[Segment] = []
         self._totals: dict[torch.device, Tensor] = {}
@@ -181,7 +182,7 @@ class FriendlySAM(Optimizer):
         return ema + (self._fused.state_names(group) if self._fused else ())
 
     def _flat_state(self, param: Tensor) -> FlatState:
-        key = (param.dtype, param.device)
+        key = (param.dtype, param.device, distributed.sharding(param))
         if key not in self._flats:
             self._flats[key] = FlatState(*key)
         return self._flats[key]
@@ -222,6 +223,8 @@ class FriendlySAM(Optimizer):
             grads = self._current_grads(segments, group["params"]) if names == known_names else None
             if grads is None:
                 params = [param for param in group["params"] if param.grad is not None]
+                for param in group["params"]:
+                    distributed.check_not_replaced(param, self._describe)
                 segments = self._make_segments(group, params)
                 self._segments[number] = (segments, names)
                 grads = [segment.current_grads(segment.params) for segment in segments]
@@ -229,6 +232,24 @@ class FriendlySAM(Optimizer):
         if any(one.grads is None or one.segment.generation != one.segment.flat.generation for one in result):
             return self._participants()  # a group further down made a buffer grow
         return result
+
+    def _find_meshes(self) -> dict[Any, torch.device]:
+        """All meshes that parameters lie on, gradients or not: distributed.py, NOTE [who takes part in the norm]."""
+        found: dict[Any, torch.device] = {}
+        for number, group in enumerate(self.param_groups):
+            segments, _ = self._segments[number]
+            params = group["params"]
+            if len(segments) == 1 and len(segments[0].params) == len(params):  # then it has them all
+                if segments[0].flat.sharding is not None:
+                    found.setdefault(segments[0].flat.sharding.mesh, segments[0].flat.device)
+                continue
+            known, meshes = self._meshes.get(number, ([], {}))
+            if not same_objects(known, params):
+                meshes = distributed.meshes_of(params)
+                self._meshes[number] = (list(params), meshes)
+            for mesh, device in meshes.items():
+                found.setdefault(mesh, device)
+        return found
 
     def _current_grads(self, segments: list[Segment], params: list[Tensor]) -> list[Sequence[Tensor]] | None:
         """The gradients of each segment, or None where the segments are not those of ``params``."""
@@ -307,11 +328,12 @@ class FriendlySAM(Optimizer):
             group["adaptive"],
             group["ema"] == "updated",
         )
-        # autograd must know that a graph made before the weights moved is of no use now.
-        torch.autograd.graph.increment_version(segment.params)
+        segment.mark_written()
 
     def _measure_noise(self, participants: list[Participant]) -> None:
-        """Pass A over all segments; leaves the sums over all of them on every device."""
+        """Pass A over all segments; leaves the sums over all of them, on all ranks, on every device."""
+        meshes = self._find_meshes()
+        sums = []
         devices: dict[torch.device, list[Participant]] = {}
         for participant in participants:
             devices.setdefault(participant.segment.flat.device, []).append(participant)
@@ -338,11 +360,14 @@ class FriendlySAM(Optimizer):
                     segment.flat.partials,
                     row,
                 )
-            self._totals[device] = rows[0] if len(rows) == 1 else stats.sum(0)
-        if len(self._totals) > 1:
-            first, *others = self._totals
-            total = sum((self._totals[d].to(first) for d in others), self._totals[first])
-            self._totals = {device: total.to(device) for device in self._totals}
+            if meshes:
+                sums += [(one.segment.flat.sharding, row) for one, row in zip(members, rows)]
+            else:
+                self._totals[device] = rows[0] if len(rows) == 1 else stats.sum(0)
+        if meshes:
+            self._totals = distributed.totals(meshes, sums, ops.STATISTICS)
+        else:
+            self._totals = distributed.on_every_device(self._totals)
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights and lets the base optimizer update them with the present gradients.
@@ -419,6 +444,8 @@ class FriendlySAM(Optimizer):
             self._restore_recorded()
         if self._fused is None:
             self._step_generic()
+            for participant in participants:
+                participant.segment.mark_written()
         else:
             for group, segment, grads in participants:
                 self._checked(
@@ -430,7 +457,7 @@ class FriendlySAM(Optimizer):
                     self._total(segment.flat.device),
                     group,
                 )
-                torch.autograd.graph.increment_version(segment.params)
+                segment.mark_written()
         self._record = []
         self._stage = State.CLEAN
 
@@ -455,7 +482,7 @@ class FriendlySAM(Optimizer):
     def _restore_recorded(self) -> None:
         for segment in self._record:
             ops.restore(segment.backend, segment.rows, segment.offsets, segment.flat.buffers["backup"])
-            torch.autograd.graph.increment_version(segment.params)
+            segment.mark_written()
         self._record = []
 
     @torch.no_grad()
@@ -571,11 +598,16 @@ class FriendlySAM(Optimizer):
                     f"state '{name}' of {self._describe(param)} has shape {tuple(value.shape)} in the checkpoint; load "
                     "one that was saved with this model"
                 )
+        # Copies, because the checkpoint's tensors may be another optimizer's; in their own dtype.
+        copies = [(param, name, self._loaded(param, name, value)) for param, name, value in entries]
         super().load_state_dict(translated)
-        for param, name, value in entries:
-            # A copy, because the checkpoint's tensors may be another optimizer's; in its own dtype.
-            device = value.device if name == "step" else param.device
-            self.state[param][name] = value.detach().to(device=device, copy=True)
+        for param, name, value in copies:
+            self.state[param][name] = value
+
+    def _loaded(self, param: Tensor, name: str, value: Tensor) -> Tensor:
+        if value.shape == param.shape and name != "step":
+            return distributed.placed_like(param, value)
+        return value.detach().to(device=value.device if name == "step" else param.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_perturbed("A copy or pickle of the optimizer")

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import distributed
+from .distributed import Describe
 from .flatten import is_dense
 
 # The param-group keys that are not the base optimizer's.
 NAMES = ("rho", "sigma", "lmbda", "adaptive", "ema", "perturb_eps")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# Tells a parameter's name; called only for a message.
-Describe = Callable[[Tensor], str]
 
 
 def uses_ema(group: dict[str, Any]) -> bool:
@@ -58,9 +57,11 @@ def check_parameter(param: Tensor, describe: Describe) -> None:
         raise TypeError(
             f"{describe(param)} has dtype {param.dtype}; F-SAM perturbs float64, float32, bfloat16 and float16"
         )
-    if not is_dense(param):
+    distributed.check_parameter(param, describe)
+    part = distributed.local(param)
+    if not is_dense(part):
         raise ValueError(
-            f"{describe(param)} has strides {tuple(param.stride())} with gaps or overlaps in memory; "
+            f"{describe(param)} has strides {tuple(part.stride())} with gaps or overlaps in memory; "
             "make it contiguous first"
         )
 
@@ -76,3 +77,4 @@ def check_gradient(param: Tensor, describe: Describe) -> None:
             f"the gradient of {describe(param)} has shape {tuple(grad.shape)} and {grad.dtype}, the parameter "
             f"{tuple(param.shape)} and {param.dtype}; clear the gradients after changing a parameter"
         )
+    distributed.check_gradient(param, grad, describe)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .distributed import GatheredCopies, local, local_grads
 from .flat_state import FlatState, aligned_numel
 from .flatten import REGISTRY
 
@@ -29,7 +30,7 @@ class Segment:
 
     Attributes:
         params: the optimizer's parameters.
-        rows: what the ops take as ``params``: the parameters, or whole runs of them where
+        rows: what the ops take as ``params``: the parameters, this rank's shards of them, or whole runs of them where
             ``flatten_parameters(module, grads=True)`` laid them one after the other.
         offsets: int64 CPU tensor, the rows' positions in the flat state.
         chunks: number of chunks of pass A.
@@ -41,11 +42,13 @@ class Segment:
         self.params = params
         self.generation = flat.generation
         self._registry_generation = REGISTRY.generation
-        self.rows = params
+        self._sharded = flat.sharding is not None
+        self.rows = list(map(local, params)) if self._sharded else params
+        self._gathered = GatheredCopies(params) if self._sharded else None
         self._flat_grads: list[Tensor] | None = None
         index = [flat.index[param] for param in params]
         firsts = list(range(len(params)))
-        if _are_flattened(params) and _steps_agree(flat, index):
+        if not self._sharded and _are_flattened(params) and _steps_agree(flat, index):
             firsts = _starts_of_runs(flat, params)
             self._addresses = list(map(_DATA_PTR, params))
             self._grad_addresses = _addresses_of_grads(params)
@@ -71,7 +74,16 @@ class Segment:
         grads = list(map(_GRAD, params))
         if self._registry_generation != REGISTRY.generation or any(map(is_, grads, repeat(None))):
             return None
+        if self._sharded:
+            return local_grads(params, grads) if same_objects(self.rows, list(map(local, params))) else None
         return grads
+
+    def mark_written(self) -> None:
+        """Tells autograd that the weights have changed, so that a graph made before is of no use, and FSDP likewise."""
+        torch.autograd.graph.increment_version(self.params)
+        if self._gathered is not None:
+            torch.autograd.graph.increment_version(self.rows)
+            self._gathered.give_up()
 
     def advance_steps(self, stats: Tensor, by: int = 1) -> Tensor:
         """Counts updates of each parameter, unless ``stats`` has them skipped; returns the rows' counts."""

@@ -1,0 +1,397 @@
+"""Sharded parameters: the local part that the kernels see, the norm over all ranks, and gradient clipping.
+
+A DTensor is a shard (or a copy) on each rank of a device mesh. Everything here works on what this rank holds, and talks
+to other ranks only in one place: the few sums of the norm, once an ascent for each mesh.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .ops import compute_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+# Tells a parameter's name; called only for a message.
+Describe = Callable[[Tensor], str]
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+# ---- Shards ----------------------------------------------------------------------------------------------------------
+
+
+class Sharding(NamedTuple):
+    """How a parameter lies on its mesh, as far as a sum over all its elements is concerned.
+
+    Attributes:
+        mesh: the device mesh.
+        copies: number of ranks of the mesh that hold each element.
+    """
+
+    mesh: DeviceMesh
+    copies: int
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor. Does not import them: nobody has one who has not, and it takes half a second."""
+    if type(tensor) in _PLAIN:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds, sharing its memory; a plain tensor itself."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
+def sharding(param: Tensor) -> Sharding | None:
+    """How a DTensor lies on its mesh; None for a plain tensor."""
+    if not is_dtensor(param):
+        return None
+    mesh = param.device_mesh
+    copies = 1
+    for dim, placement in enumerate(param.placements):
+        if placement.is_replicate():
+            copies *= mesh.size(dim)
+    return Sharding(mesh, copies)
+
+
+def like(param: Tensor, part: Tensor) -> Tensor:
+    """What a rank holds of some state of ``param``, as a tensor of the whole: shares memory, does not communicate."""
+    if not is_dtensor(param):
+        return part
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    # Not DTensor.from_local: it would move the shards that FSDP offloads to the CPU to the device of the mesh.
+    meta = TensorMeta(param.shape, param.stride(), part.dtype)
+    return DTensor(part, DTensorSpec(param.device_mesh, param.placements, tensor_meta=meta), requires_grad=False)
+
+
+def placed_like(param: Tensor, value: Tensor) -> Tensor:
+    """A copy of ``value``, of the parameter's global shape, that lies where the parameter does.
+
+    Communicates where ``value`` is a DTensor that lies otherwise; every rank has to take part then.
+    """
+    if is_dtensor(value) and not (is_dtensor(param) and value.device_mesh == param.device_mesh):
+        value = value.full_tensor()
+    if not is_dtensor(param):
+        return value.detach().to(device=param.device, copy=True)
+    if is_dtensor(value):
+        part = value.redistribute(placements=param.placements)._local_tensor
+    else:
+        from torch.distributed.tensor import distribute_tensor
+
+        # src_data_rank=None: every rank has the whole and takes its part.
+        part = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)._local_tensor
+    return like(param, part.detach().to(device=local(param).device, copy=True))
+
+
+def local_grads(params: Sequence[Tensor], grads: Iterable[Tensor]) -> list[Tensor] | None:
+    """What this rank holds of gradients, or None where one cannot be used and :func:`check_gradient` says why.
+
+    A gradient that lies otherwise than its parameter, such as one of which every rank has an addend, is brought there,
+    as torch's own optimizers do: that is communication of the gradient's size, which belongs to the backward pass.
+    """
+    parts = []
+    for param, grad in zip(params, grads):
+        if not is_dtensor(grad) or grad.device_mesh != param.device_mesh:
+            return None
+        if grad.placements != param.placements:
+            grad = grad.redistribute(placements=param.placements)
+        parts.append(grad._local_tensor)
+    return parts
+
+
+def check_parameter(param: Tensor, describe: Describe) -> None:
+    """Raises ValueError or TypeError for a sharded parameter that cannot be used."""
+    if getattr(param, "_fsdp_flattened", False):
+        raise TypeError(
+            f"{describe(param)} belongs to FullyShardedDataParallel, which hides where the elements lie; shard the "
+            "model with torch.distributed.fsdp.fully_shard instead"
+        )
+    if not is_dtensor(param):
+        return
+    if any(placement.is_partial() for placement in param.placements):
+        raise ValueError(
+            f"{describe(param)} has placements {param.placements}; redistribute it to Shard or Replicate first, "
+            "because the values of a Partial tensor are not known to any rank"
+        )
+    if param.device_mesh.get_coordinate() is None:
+        raise ValueError(
+            f"{describe(param)} lies on {param.device_mesh}, which this rank is not part of; give each rank's "
+            "optimizer the parameters that the rank holds"
+        )
+
+
+def check_not_replaced(param: Tensor, describe: Describe) -> None:
+    """Raises RuntimeError for a parameter that ``fully_shard`` has replaced in its module after it came here."""
+    if hasattr(param, "_fsdp_orig_uid"):
+        raise RuntimeError(
+            f"{describe(param)} was replaced in the model by fully_shard, so this optimizer would train nothing; make "
+            "the optimizer after fully_shard, or put the model's present parameters into param_groups"
+        )
+
+
+def check_gradient(param: Tensor, grad: Tensor, describe: Describe) -> None:
+    """Raises RuntimeError for a gradient that cannot be brought to where its parameter lies."""
+    if is_dtensor(grad) != is_dtensor(param):
+        kinds = [f"DTensor on {t.device_mesh}" if is_dtensor(t) else "plain tensor" for t in (grad, param)]
+        raise RuntimeError(
+            f"the gradient of {describe(param)} is a {kinds[0]} and the parameter a {kinds[1]}; clear the gradients "
+            "after sharding a model"
+        )
+    if is_dtensor(grad) and grad.device_mesh != param.device_mesh:
+        raise RuntimeError(
+            f"the gradient of {describe(param)} lies on {grad.device_mesh} and the parameter on {param.device_mesh}; "
+            "clear the gradients after sharding a model"
+        )
+
+
+# ---- The norm over all ranks -----------------------------------------------------------------------------------------
+
+# NOTE [who takes part in the norm]
+# Every rank takes part in one reduction for each mesh that any parameter of the optimizer lies on, in the order of the
+# parameters, whether or not one has a gradient. Gradients may exist on one rank and not on another; a rank that
+# inferred from them what to do would leave the others waiting.
+# Each element counts once: what a rank has is divided by the number of ranks that hold the same elements (exactly,
+# where that is a power of two), summed over the mesh, and then over the meshes, in one order everywhere. So all ranks
+# have the same bits, and an inf on one of them is an inf on all.
+# Plain tensors are summed on this rank alone: under DDP, and next to DTensors, each rank has the same.
+
+_groups: WeakKeyDictionary[DeviceMesh, ProcessGroup] = WeakKeyDictionary()
+
+
+def group_of(mesh: DeviceMesh) -> ProcessGroup:
+    """The process group of all ranks of a mesh. Every rank of the mesh has to ask for it at the same time."""
+    import torch.distributed as dist
+
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    group = _groups.get(mesh)
+    if group is None:
+        # Local synchronisation: ranks of other meshes, which may be elsewhere in their step, need not come.
+        group = dist.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True)
+        _groups[mesh] = group
+    return group
+
+
+def meshes_of(params: Iterable[Tensor]) -> dict[DeviceMesh, torch.device]:
+    """The meshes that parameters lie on, in the order of the parameters, and the device of the shards."""
+    meshes: dict[DeviceMesh, torch.device] = {}
+    for param in params:
+        if is_dtensor(param):
+            meshes.setdefault(param.device_mesh, param._local_tensor.device)
+    return meshes
+
+
+def _by_mesh(sums: Iterable[tuple[Sharding | None, Tensor]]) -> dict[DeviceMesh | None, list[Tensor]]:
+    """Local sums by mesh (None: plain tensors), each element of them counted once over the ranks."""
+    parts: dict[DeviceMesh | None, list[Tensor]] = {}
+    for where, value in sums:
+        mesh, copies = where or (None, 1)
+        parts.setdefault(mesh, []).append(value if copies == 1 else value / copies)
+    return parts
+
+
+def totals(
+    meshes: dict[DeviceMesh, torch.device], sums: Iterable[tuple[Sharding | None, Tensor]], size: int
+) -> dict[torch.device, Tensor]:
+    """Sums over all ranks, on each device: see NOTE [who takes part in the norm].
+
+    Args:
+        meshes: all meshes that parameters lie on, as :func:`meshes_of` finds them.
+        sums: this rank's sums over some parameters, of ``size`` float64 elements each; overwritten.
+        size: number of sums that are taken at once.
+    """
+    import torch.distributed as dist
+
+    parts = _by_mesh(sums)
+    found: dict[torch.device, Tensor] = {}
+
+    def add(value: Tensor) -> None:
+        found[value.device] = found[value.device] + value if value.device in found else value
+
+    for value in parts.get(None, ()):
+        add(value)
+    for mesh, device in meshes.items():
+        mine = parts.get(mesh) or [torch.zeros(size, dtype=torch.float64, device=device)]
+        value = mine[0] if len(mine) == 1 else torch.stack(mine).sum(0)
+        dist.all_reduce(value, group=group_of(mesh))
+        add(value)
+    return on_every_device(found)
+
+
+def on_every_device(sums: dict[torch.device, Tensor]) -> dict[torch.device, Tensor]:
+    """The sum of this rank's devices' sums, on each of them."""
+    if len(sums) <= 1:
+        return sums
+    first, *others = sums
+    total = sum((sums[device].to(first) for device in others), sums[first])
+    return {device: total.to(device) for device in sums}
+
+
+# ---- Copies that FSDP has gathered -----------------------------------------------------------------------------------
+
+# NOTE [gathered copies]
+# FSDP2 computes with gathered copies of its parameters. Where one outlives a change of the shards, as with
+# set_reshard_after_backward(False) or after a forward without a backward, the next forward would not see the change.
+# So every write of the weights gives such copies up; the next forward gathers anew, which no other way would spare.
+
+
+def _fsdp_param_groups() -> Iterator[tuple[Any, Any]]:
+    """(module, FSDP parameter group) of every module of this process that ``fully_shard`` was applied to."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not hasattr(fsdp, "FSDPModule"):
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+
+    for module in list(_module_state_mapping):
+        if isinstance(module, fsdp.FSDPModule):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)  # a list since torch 2.12
+            for group in [state._fsdp_param_group] if groups is None else groups:
+                if group is not None:
+                    yield module, group
+
+
+class GatheredCopies:
+    """The FSDP modules that compute with copies of some sharded parameters."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        wanted = set(map(id, params))
+        self._groups = [
+            (module, group)
+            for module, group in _fsdp_param_groups()
+            if any(id(one.sharded_param) in wanted for one in group.fsdp_params)
+        ]
+
+    def give_up(self) -> None:
+        """Frees the copies, so that the next forward gathers the present weights: see NOTE [gathered copies]."""
+        for module, group in self._groups:
+            if not group.is_sharded:
+                module.reshard()
+
+
+# ---- Clipping --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` for parameters on any mixture of device meshes, plain tensors included.
+
+    The gradients are scaled in place by min(1, max_norm / (norm + 1e-6)), with the norm over all elements of all ranks,
+    each counted once. One small collective for each mesh. Every rank has to call it, with the same parameters,
+    whether or not they have gradients there.
+
+    Args:
+        parameters: parameters, or one.
+        max_norm: largest norm.
+        norm_type: order of the norm, positive; ``inf`` is the largest magnitude.
+        error_if_nonfinite: raise where the norm is not finite, which waits for the device.
+        foreach: as for torch's function.
+
+    Returns:
+        The norm before clipping: a plain 0-d tensor, the same on every rank. Where parameters are sharded, in float32
+        (float64 for float64 gradients).
+
+    Raises:
+        ValueError: ``norm_type`` is not positive.
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set, or a gradient cannot be used.
+    """
+    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    meshes = meshes_of(params)
+    if not meshes:
+        return nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite, foreach)
+    order = float(norm_type)
+    if not order > 0:
+        raise ValueError(f"norm_type must be a positive number or inf for sharded parameters, not {norm_type!r}")
+    parts = _grads_by_sharding(params)
+    grads = [grad for members in parts.values() for grad in members]
+    norm = _total_norm(parts, meshes, order)
+    if error_if_nonfinite and not bool(norm.isfinite()):
+        raise RuntimeError(
+            f"the norm of order {order} of the gradients is {norm.item()}, so they cannot be clipped; skip the step, "
+            "or set error_if_nonfinite=False"
+        )
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        by_device.setdefault(grad.device, []).append(grad)
+    for device, members in by_device.items():
+        if foreach is False:
+            for grad in members:
+                grad.mul_(scale.to(device))
+        else:
+            torch._foreach_mul_(members, scale.to(device))
+    return norm
+
+
+def _grads_by_sharding(params: Iterable[Tensor]) -> dict[Sharding | None, list[Tensor]]:
+    """What this rank holds of all gradients; one that lies otherwise than its parameter is moved for good."""
+    parts: dict[Sharding | None, list[Tensor]] = {}
+    for param in params:
+        grad = param.grad
+        if grad is None:
+            continue
+        check_gradient(param, grad, lambda p: f"a parameter of shape {tuple(p.shape)}")
+        if is_dtensor(grad) and grad.placements != param.placements:
+            param.grad = grad = grad.redistribute(placements=param.placements)
+        parts.setdefault(sharding(param), []).append(local(grad))
+    return parts
+
+
+def _total_norm(
+    parts: dict[Sharding | None, list[Tensor]], meshes: dict[DeviceMesh, torch.device], order: float
+) -> Tensor:
+    """The norm of gradients over all ranks, each element counted once: a 0-d tensor of the gradients' compute dtype."""
+    dtypes = {compute_dtype(grad.dtype) for members in parts.values() for grad in members}
+    norms: list[tuple[Sharding | None, Tensor]] = []
+    for where, members in parts.items():
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for grad in members:
+            if grad.numel() > 0:  # nothing has no largest element
+                norm = torch.linalg.vector_norm(grad, order, dtype=compute_dtype(grad.dtype))
+                by_device.setdefault(grad.device, []).append(norm.double())
+        norms.extend((where, torch.stack(values)) for values in by_device.values())
+    if math.isinf(order):
+        total = _largest(meshes, norms)
+    else:
+        sums = [(where, values.pow(order).sum(0, keepdim=True)) for where, values in norms]
+        total = next(iter(totals(meshes, sums, 1).values()))[0].pow(1 / order)
+    return total.to(torch.float64 if torch.float64 in dtypes else torch.float32)
+
+
+def _largest(meshes: dict[DeviceMesh, torch.device], norms: Iterable[tuple[Sharding | None, Tensor]]) -> Tensor:
+    """The largest of numbers on all ranks. Gathered and not reduced: what a reduction makes of a NaN is not defined."""
+    import torch.distributed as dist
+
+    parts: dict[DeviceMesh | None, list[Tensor]] = {}
+    for where, values in norms:
+        parts.setdefault(where and where.mesh, []).append(values.max())
+    largest = list(parts.get(None, ()))
+    for mesh, device in meshes.items():
+        mine = torch.stack(parts.get(mesh) or [torch.zeros((), dtype=torch.float64, device=device)]).max()
+        everyone = mine.new_empty(mesh.size())
+        dist.all_gather_into_tensor(everyone, mine, group=group_of(mesh))
+        largest.append(everyone.max())
+    return torch.stack([value.to(largest[0].device) for value in largest]).max()
