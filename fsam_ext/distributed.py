@@ -57,7 +57,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def sharding(param: Tensor) -> Sharding | None:
     """How a DTensor lies on its mesh; None for a plain tensor."""
-    if not is_dtensor(param):
+    if type(param) in _PLAIN or not is_dtensor(param):
         return None
     mesh = param.device_mesh
     copies = 1
@@ -102,7 +102,8 @@ def local_grads(params: Sequence[Tensor], grads: Iterable[Tensor]) -> list[Tenso
     """What this rank holds of gradients, or None where one cannot be used and :func:`check_gradient` says why.
 
     A gradient that lies otherwise than its parameter, such as one of which every rank has an addend, is brought there,
-    as torch's own optimizers do: that is communication of the gradient's size, which belongs to the backward pass.
+    as torch's own optimizers do: that is communication of the gradient's size, which belongs to the backward pass, and
+    every rank of the mesh has to have such a gradient.
     """
     parts = []
     for param, grad in zip(params, grads):
@@ -166,9 +167,11 @@ def check_gradient(param: Tensor, grad: Tensor, describe: Describe) -> None:
 # parameters, whether or not one has a gradient. Gradients may exist on one rank and not on another; a rank that
 # inferred from them what to do would leave the others waiting.
 # Each element counts once: what a rank has is divided by the number of ranks that hold the same elements (exactly,
-# where that is a power of two), summed over the mesh, and then over the meshes, in one order everywhere. So all ranks
-# have the same bits, and an inf on one of them is an inf on all.
-# Plain tensors are summed on this rank alone: under DDP, and next to DTensors, each rank has the same.
+# where that is a power of two) and summed over the mesh. What one reduction has found goes into the next as if every
+# rank of that mesh held a copy, and the largest mesh comes last. So all its ranks end with the same bits, also where
+# copies were not quite equal, and an inf on one of them is an inf on all.
+# Plain tensors are such copies: under DDP, and next to DTensors, each rank has the same. Without any DTensor nothing is
+# reduced.
 
 _groups: WeakKeyDictionary[DeviceMesh, ProcessGroup] = WeakKeyDictionary()
 
@@ -207,41 +210,29 @@ def _by_mesh(sums: Iterable[tuple[Sharding | None, Tensor]]) -> dict[DeviceMesh 
     return parts
 
 
-def totals(
-    meshes: dict[DeviceMesh, torch.device], sums: Iterable[tuple[Sharding | None, Tensor]], size: int
-) -> dict[torch.device, Tensor]:
-    """Sums over all ranks, on each device: see NOTE [who takes part in the norm].
+def _smallest_first(meshes: dict[DeviceMesh, torch.device]) -> list[tuple[DeviceMesh, torch.device]]:
+    return sorted(meshes.items(), key=lambda item: item[0].size())
+
+
+def total(meshes: dict[DeviceMesh, torch.device], sums: Iterable[tuple[Sharding | None, Tensor]], size: int) -> Tensor:
+    """Sums over all ranks: see NOTE [who takes part in the norm].
 
     Args:
-        meshes: all meshes that parameters lie on, as :func:`meshes_of` finds them.
+        meshes: all meshes that parameters lie on, at least one, as :func:`meshes_of` finds them.
         sums: this rank's sums over some parameters, of ``size`` float64 elements each; overwritten.
         size: number of sums that are taken at once.
     """
     import torch.distributed as dist
 
     parts = _by_mesh(sums)
-    found: dict[torch.device, Tensor] = {}
-
-    def add(value: Tensor) -> None:
-        found[value.device] = found[value.device] + value if value.device in found else value
-
-    for value in parts.get(None, ()):
-        add(value)
-    for mesh, device in meshes.items():
-        mine = parts.get(mesh) or [torch.zeros(size, dtype=torch.float64, device=device)]
+    found = parts.get(None, [])
+    for mesh, device in _smallest_first(meshes):
+        mine = parts.get(mesh, []) + [value.to(device) / mesh.size() for value in found]
+        mine = mine or [torch.zeros(size, dtype=torch.float64, device=device)]
         value = mine[0] if len(mine) == 1 else torch.stack(mine).sum(0)
         dist.all_reduce(value, group=group_of(mesh))
-        add(value)
-    return on_every_device(found)
-
-
-def on_every_device(sums: dict[torch.device, Tensor]) -> dict[torch.device, Tensor]:
-    """The sum of this rank's devices' sums, on each of them."""
-    if len(sums) <= 1:
-        return sums
-    first, *others = sums
-    total = sum((sums[device].to(first) for device in others), sums[first])
-    return {device: total.to(device) for device in sums}
+        found = [value]
+    return found[0]
 
 
 # ---- Copies that FSDP has gathered -----------------------------------------------------------------------------------
@@ -312,7 +303,7 @@ def clip_grad_norm_(
 
     Returns:
         The norm before clipping: a plain 0-d tensor, the same on every rank. Where parameters are sharded, in float32
-        (float64 for float64 gradients).
+        (float64 where a parameter is).
 
     Raises:
         ValueError: ``norm_type`` is not positive.
@@ -327,7 +318,9 @@ def clip_grad_norm_(
         raise ValueError(f"norm_type must be a positive number or inf for sharded parameters, not {norm_type!r}")
     parts = _grads_by_sharding(params)
     grads = [grad for members in parts.values() for grad in members]
-    norm = _total_norm(parts, meshes, order)
+    # Of the parameters, not of the gradients, which one rank may have and another not.
+    double = any(param.dtype == torch.float64 for param in params)
+    norm = _total_norm(parts, meshes, order).to(torch.float64 if double else torch.float32)
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise RuntimeError(
             f"the norm of order {order} of the gradients is {norm.item()}, so they cannot be clipped; skip the step, "
@@ -363,8 +356,7 @@ def _grads_by_sharding(params: Iterable[Tensor]) -> dict[Sharding | None, list[T
 def _total_norm(
     parts: dict[Sharding | None, list[Tensor]], meshes: dict[DeviceMesh, torch.device], order: float
 ) -> Tensor:
-    """The norm of gradients over all ranks, each element counted once: a 0-d tensor of the gradients' compute dtype."""
-    dtypes = {compute_dtype(grad.dtype) for members in parts.values() for grad in members}
+    """The norm of gradients over all ranks, each element counted once, in float64."""
     norms: list[tuple[Sharding | None, Tensor]] = []
     for where, members in parts.items():
         by_device: dict[torch.device, list[Tensor]] = {}
@@ -374,11 +366,9 @@ def _total_norm(
                 by_device.setdefault(grad.device, []).append(norm.double())
         norms.extend((where, torch.stack(values)) for values in by_device.values())
     if math.isinf(order):
-        total = _largest(meshes, norms)
-    else:
-        sums = [(where, values.pow(order).sum(0, keepdim=True)) for where, values in norms]
-        total = next(iter(totals(meshes, sums, 1).values()))[0].pow(1 / order)
-    return total.to(torch.float64 if torch.float64 in dtypes else torch.float32)
+        return _largest(meshes, norms)
+    sums = [(where, values.pow(order).sum(0, keepdim=True)) for where, values in norms]
+    return total(meshes, sums, 1)[0].pow(1 / order)
 
 
 def _largest(meshes: dict[DeviceMesh, torch.device], norms: Iterable[tuple[Sharding | None, Tensor]]) -> Tensor:
@@ -388,10 +378,12 @@ def _largest(meshes: dict[DeviceMesh, torch.device], norms: Iterable[tuple[Shard
     parts: dict[DeviceMesh | None, list[Tensor]] = {}
     for where, values in norms:
         parts.setdefault(where and where.mesh, []).append(values.max())
-    largest = list(parts.get(None, ()))
-    for mesh, device in meshes.items():
-        mine = torch.stack(parts.get(mesh) or [torch.zeros((), dtype=torch.float64, device=device)]).max()
-        everyone = mine.new_empty(mesh.size())
-        dist.all_gather_into_tensor(everyone, mine, group=group_of(mesh))
-        largest.append(everyone.max())
-    return torch.stack([value.to(largest[0].device) for value in largest]).max()
+    found = parts.get(None, [])
+    for mesh, device in _smallest_first(meshes):
+        mine = parts.get(mesh, []) + [value.to(device) for value in found]
+        mine = mine or [torch.zeros((), dtype=torch.float64, device=device)]
+        largest = torch.stack(mine).max()
+        everyone = [torch.empty_like(largest) for _ in range(mesh.size())]
+        dist.all_gather(everyone, largest, group=group_of(mesh))
+        found = [torch.stack(everyone).max()]
+    return found[0]

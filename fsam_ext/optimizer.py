@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 
 from . import backends, checkpoints, distributed, ops, options
 from .base_update import GenericBase, base_defaults, fused_base, is_fused, number_or_tensor
+from .distributed import sharding
 from .flat_state import FlatState
 from .flatten import REGISTRY, FlatParameters
 from .options import check_gradient, check_options, check_parameter, uses_ema
@@ -181,12 +183,6 @@ class FriendlySAM(Optimizer):
         ema = ("ema",) if uses_ema(group) else ()
         return ema + (self._fused.state_names(group) if self._fused else ())
 
-    def _flat_state(self, param: Tensor) -> FlatState:
-        key = (param.dtype, param.device, distributed.sharding(param))
-        if key not in self._flats:
-            self._flats[key] = FlatState(*key)
-        return self._flats[key]
-
     def _make_segments(self, group: dict[str, Any], params: list[Tensor]) -> list[Segment]:
         """Cuts parameters of one group by dtype and device, and gives each one its state."""
         segments = []
@@ -204,10 +200,14 @@ class FriendlySAM(Optimizer):
         return segments
 
     def _by_kind(self, params: Sequence[Tensor]) -> dict[FlatState, list[Tensor]]:
-        kinds: dict[FlatState, list[Tensor]] = {}
+        kinds: dict[tuple[Any, ...], list[Tensor]] = {}
         for param in params:
-            kinds.setdefault(self._flat_state(param), []).append(param)
-        return kinds
+            key = (param.dtype, param.device, None if type(param) is Parameter else sharding(param))
+            kinds.setdefault(key, []).append(param)
+        for key in kinds:
+            if key not in self._flats:
+                self._flats[key] = FlatState(*key)
+        return {self._flats[key]: members for key, members in kinds.items()}
 
     def _participants(self) -> list[Participant]:
         """Every parameter that has a gradient now, in segments. They are made anew only where something changed.
@@ -365,9 +365,12 @@ class FriendlySAM(Optimizer):
             else:
                 self._totals[device] = rows[0] if len(rows) == 1 else stats.sum(0)
         if meshes:
-            self._totals = distributed.totals(meshes, sums, ops.STATISTICS)
-        else:
-            self._totals = distributed.on_every_device(self._totals)
+            total = distributed.total(meshes, sums, ops.STATISTICS)
+            self._totals = {device: total.to(device) for device in (*devices, total.device)}
+        elif len(self._totals) > 1:
+            first, *others = self._totals
+            total = sum((self._totals[d].to(first) for d in others), self._totals[first])
+            self._totals = {device: total.to(device) for device in self._totals}
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights and lets the base optimizer update them with the present gradients.

@@ -1,7 +1,7 @@
 """Real processes for tests: `run(2, case, *args)` runs a function on 2 ranks over gloo and returns what each returned.
 
-The processes stay for the next test, because a start costs seconds; one that fails or hangs takes its whole group along,
-and the next test gets a new one.
+The processes stay for the next test, because a start costs seconds; one that fails or hangs takes its whole group
+along, and the next test gets a new one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = 90  # seconds for one case; a machine with 2 busy cores needs some
+PATIENCE = 60  # seconds for one case; a machine with 2 busy cores needs some
 _groups: dict[int, Group] = {}
 
 
@@ -32,7 +32,8 @@ class Group:
         # A server that has torch imported and forks: one import for all processes.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "fsam_ext"])
-        self.store = tempfile.NamedTemporaryFile(delete=False).name
+        handle, self.store = tempfile.mkstemp()
+        os.close(handle)
         self.processes, self.pipes = [], []
         for rank in range(world):
             mine, theirs = context.Pipe()
@@ -49,11 +50,13 @@ class Group:
         errors: dict[int, str] = {}
         deadline = time.monotonic() + PATIENCE
         while len(results) + len(errors) < len(self.pipes):
-            ready = wait([pipe for rank, pipe in enumerate(self.pipes) if rank not in {**results, **errors}],
-                         timeout=max(0.0, deadline - time.monotonic()))
+            ready = wait(
+                [pipe for rank, pipe in enumerate(self.pipes) if rank not in {**results, **errors}],
+                timeout=max(0.0, deadline - time.monotonic()),
+            )
             if not ready:
                 silent = sorted(set(range(len(self.pipes))) - set(results) - set(errors))
-                errors.update({rank: "no answer: it hangs, or waits for another rank" for rank in silent})
+                errors.update(dict.fromkeys(silent, "no answer: it hangs, or waits for another rank"))
             for pipe in ready:
                 rank = self.pipes.index(pipe)
                 try:

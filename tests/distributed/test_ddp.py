@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..conformance import identical

@@ -7,11 +7,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from fsam_ext import distributed
 
 from ..conformance import identical
 from .ranks import run
-from .training import backward, batches, distance, make, network, shard, state_vector, train, train_alone
+from .training import batches, distance, make, network, shard, state_vector, train, train_alone, wide_network
 
 STEPS = 12
 
@@ -43,3 +46,56 @@ def test_equals_one_process_with_the_whole_batch(base, world, reshard):
         assert distance(history, alone) < 1e-12
         assert distance(ema, state_vector(optimizer, "ema")) < 1e-12
         assert stats == pytest.approx({name: float(x) for name, x in optimizer.stats().items()}, rel=1e-10)
+
+
+def hybrid(base):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = sharded(mesh)
+    optimizer = make(model, base)
+    history = train(model, optimizer, batches(STEPS))
+    return history, state_vector(optimizer, "ema"), float(optimizer.stats()["noise_norm"])
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_hybrid_sharding(base):
+    alone, optimizer = train_alone(batches(STEPS), base)
+    for history, ema, norm in run(4, hybrid, base):
+        assert distance(history, alone) < 1e-12
+        assert distance(ema, state_vector(optimizer, "ema")) < 1e-12
+        assert norm == pytest.approx(float(optimizer.stats()["noise_norm"]), rel=1e-10)
+
+
+def tensor_parallel(base, options, shards):
+    """Column and row parallel layers, a norm with replicated DTensors, and a plain layer; fully sharded or not."""
+    mesh = init_device_mesh("cpu", (2, 2) if shards else (1, 2), mesh_dim_names=("data", "tensor"))
+    model = wide_network()
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor"], plan)
+    distribute_module(
+        model[3], mesh["tensor"]
+    )  # the norm's parameters are replicated DTensors, with gradients to match
+    model[3].register_forward_pre_hook(lambda m, args: DTensor.from_local(args[0], mesh["tensor"], [Replicate()]))
+    model[3].register_forward_hook(lambda m, args, out: out.to_local())
+    if shards:
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+    optimizer = make(model, base, **options)
+    history = train(model, optimizer, batches(STEPS), part=lambda batch: shard(batch, mesh["data"]))
+    lies_on = {str(distributed.sharding(p) and distributed.sharding(p).mesh.ndim) for p in model.parameters()}
+    return history, state_vector(optimizer, "ema"), float(optimizer.stats()["noise_norm"]), lies_on
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive": True, "sigma": 0.9}], ids=str)
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+@pytest.mark.parametrize("shards", [True, False], ids=["fsdp_x_tp", "tp"])
+def test_mixed_meshes_and_replicated_parameters(shards, base, options):
+    results = run(4 if shards else 2, tensor_parallel, base, options, shards)
+    alone, optimizer = train_alone(batches(STEPS), base, wide_network(), **options)
+    for history, ema, norm, lies_on in results:
+        assert lies_on == ({"1", "2"} if shards else {"None", "1"})
+        assert identical(history, results[0][0])
+        assert distance(history, alone) < 1e-12
+        assert distance(ema, state_vector(optimizer, "ema")) < 1e-12
+        assert norm == pytest.approx(float(optimizer.stats()["noise_norm"]), rel=1e-10)

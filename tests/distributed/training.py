@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fsam_ext import FriendlySAM
 
@@ -28,15 +29,24 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
         return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).to(dtype)
 
 
+def wide_network() -> nn.Sequential:
+    """For tensor parallelism, which wants two layers that belong together, and for layers that are left out of it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1)
+        ).double()
+
+
 def batches(count: int, dtype: torch.dtype = torch.float64, first: int = 0) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(2)
     drawn = [torch.randn(BATCH, 7, generator=generator, dtype=torch.float64).to(dtype) for _ in range(first + count)]
     return [(rows[:, :6], rows[:, 6:]) for rows in drawn[first:]]
 
 
-def shard(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """This rank's rows of a batch."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def shard(batch: tuple[Tensor, Tensor], mesh: DeviceMesh | None = None) -> tuple[Tensor, Tensor]:
+    """This rank's rows of a batch; with a mesh, those of the rank's place on it."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if mesh is None else (mesh.get_local_rank(), mesh.size())
     return tuple(part.chunk(world)[rank] for part in batch)
 
 
@@ -81,9 +91,11 @@ def train(
     return torch.stack(history)
 
 
-def train_alone(data: Iterable[tuple[Tensor, Tensor]], base: str = "sgd", **options: Any) -> tuple[Tensor, FriendlySAM]:
+def train_alone(
+    data: Iterable[tuple[Tensor, Tensor]], base: str = "sgd", model: nn.Module | None = None, **options: Any
+) -> tuple[Tensor, FriendlySAM]:
     """The same run in one process, with whole batches."""
-    model = network()
+    model = model or network()
     optimizer = make(model, base, **options)
     return train(model, optimizer, data, part=lambda batch: batch), optimizer
 
