@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .distributed import local
+
 # What the official code keeps for each parameter. The perturbed and the saved copies are of no use later.
 OFFICIAL_STATE = {"momentum": "ema", "old_p": None, "first_grad": None, "e_w": None}
 
@@ -41,3 +43,22 @@ def entries(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> l
         for name, value in state_dict["state"].get(key, {}).items()
         if isinstance(value, Tensor)
     ]
+
+
+def asks_for_state(state: dict[Tensor, dict[str, Any]], param_groups: list[dict[str, Any]]) -> bool:
+    """Whether a step() without an ascent wants nothing but state.
+
+    NOTE [how torch.distributed.checkpoint asks for state]
+    To have something to load into, it fills every gradient of an optimizer without any state with zeros, sets every lr
+    to 0 (a tensor on the CPU where it was a tensor), and calls step(). All of that together cannot be a training step
+    that lacks its ascent: it would change no weight. So only this is let through, and made to change nothing at all:
+    the average is still one that has seen no gradient.
+    """
+    if state:
+        return False
+    for group in param_groups:
+        lr = group.get("lr", 0.0)
+        if isinstance(lr, Tensor) and lr.device.type != "cpu" or float(lr) != 0.0:
+            return False
+    grads = [param.grad for group in param_groups for param in group["params"] if param.requires_grad]
+    return all(grad is not None and not local(grad).any() for grad in grads)

@@ -405,6 +405,8 @@ class FriendlySAM(Optimizer):
         """
         loss = None
         if closure is None:
+            if self._stage is State.CLEAN and checkpoints.asks_for_state(self.state, self.param_groups):
+                return self._make_state()
             if self._stage is State.CLEAN:
                 raise RuntimeError(
                     "step() was called without first_step and without a closure, which would be a plain step of the "
@@ -427,6 +429,12 @@ class FriendlySAM(Optimizer):
                 loss = self._evaluate_perturbed(evaluate)
         self._finish()
         return loss
+
+    def _make_state(self) -> None:
+        """Gives every parameter its state, as before its first step."""
+        self._participants()
+        if self._generic is not None:
+            self._generic.step(self.state, self.param_groups)
 
     def _evaluate_perturbed(self, evaluate: Callable[[], Any]) -> Any:
         try:
