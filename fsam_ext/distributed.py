@@ -163,13 +163,13 @@ def check_gradient(param: Tensor, grad: Tensor, describe: Describe) -> None:
 # ---- The norm over all ranks -----------------------------------------------------------------------------------------
 
 # NOTE [who takes part in the norm]
-# Every rank takes part in one reduction for each mesh that any parameter of the optimizer lies on, in the order of the
-# parameters, whether or not one has a gradient. Gradients may exist on one rank and not on another; a rank that
-# inferred from them what to do would leave the others waiting.
+# Every rank takes part in one reduction for each mesh that any parameter of the optimizer lies on, whether or not one
+# has a gradient. Gradients may exist on one rank and not on another; a rank that inferred from them what to do would
+# leave the others waiting.
 # Each element counts once: what a rank has is divided by the number of ranks that hold the same elements (exactly,
 # where that is a power of two) and summed over the mesh. What one reduction has found goes into the next as if every
-# rank of that mesh held a copy, and the largest mesh comes last. So all its ranks end with the same bits, also where
-# copies were not quite equal, and an inf on one of them is an inf on all.
+# rank of that mesh held a copy, from the smallest mesh to the largest. So all ranks of the largest end with the same
+# bits, also where copies were not quite equal, and an inf on one of them is an inf on all.
 # Plain tensors are such copies: under DDP, and next to DTensors, each rank has the same. Without any DTensor nothing is
 # reduced.
 

@@ -65,15 +65,15 @@ def test_hybrid_sharding(base):
         assert norm == pytest.approx(float(optimizer.stats()["noise_norm"]), rel=1e-10)
 
 
-def tensor_parallel(base, options, shards):
-    """Column and row parallel layers, a norm with replicated DTensors, and a plain layer; fully sharded or not."""
+def tensor_parallel_model(shards):
+    """Column and row parallel layers, a norm with replicated DTensors, and a plain layer; fully sharded or not.
+
+    Also returns the mesh of the data.
+    """
     mesh = init_device_mesh("cpu", (2, 2) if shards else (1, 2), mesh_dim_names=("data", "tensor"))
     model = wide_network()
-    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-    parallelize_module(model, mesh["tensor"], plan)
-    distribute_module(
-        model[3], mesh["tensor"]
-    )  # the norm's parameters are replicated DTensors, with gradients to match
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    distribute_module(model[3], mesh["tensor"])
     model[3].register_forward_pre_hook(lambda m, args: DTensor.from_local(args[0], mesh["tensor"], [Replicate()]))
     model[3].register_forward_hook(lambda m, args, out: out.to_local())
     if shards:
@@ -81,8 +81,13 @@ def tensor_parallel(base, options, shards):
             if isinstance(layer, nn.Linear):
                 fully_shard(layer, mesh=mesh["data"])
         fully_shard(model, mesh=mesh["data"])
+    return model, mesh["data"]
+
+
+def tensor_parallel(base, options, shards):
+    model, data_mesh = tensor_parallel_model(shards)
     optimizer = make(model, base, **options)
-    history = train(model, optimizer, batches(STEPS), part=lambda batch: shard(batch, mesh["data"]))
+    history = train(model, optimizer, batches(STEPS), part=lambda batch: shard(batch, data_mesh))
     lies_on = {str(distributed.sharding(p) and distributed.sharding(p).mesh.ndim) for p in model.parameters()}
     return history, state_vector(optimizer, "ema"), float(optimizer.stats()["noise_norm"]), lies_on
 
