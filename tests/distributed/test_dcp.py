@@ -85,8 +85,9 @@ def resume(path, base, how):
     return loaded, train(model, optimizer, batches(HALF, first=HALF)), everything(model, optimizer)
 
 
-@pytest.mark.parametrize("how", OPTIONS)
-@pytest.mark.parametrize("base", ["sgd", "adamw", "rmsprop"])
+@pytest.mark.parametrize(
+    "base, how", [("sgd", "sharded"), ("rmsprop", "sharded"), *(("adamw", how) for how in OPTIONS)]
+)
 def test_saved_on_2_ranks(base, how, tmp_path):
     path = str(tmp_path / "checkpoint")
     saved, history, end = run(2, save, path, base, how)[0]

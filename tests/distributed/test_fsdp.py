@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -104,3 +108,26 @@ def test_mixed_meshes_and_replicated_parameters(shards, base, options):
         assert distance(history, alone) < 1e-12
         assert distance(ema, state_vector(optimizer, "ema")) < 1e-12
         assert norm == pytest.approx(float(optimizer.stats()["noise_norm"]), rel=1e-10)
+
+
+def bytes_of_state(base):
+    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+    bench = importlib.import_module("scaling")
+    model = nn.Sequential(*(nn.Linear(37, 37) for _ in range(bench.LAYERS)))
+    for layer in model:
+        fully_shard(layer)
+    optimizer = make(model, base, **({"momentum": 0.9} if base == "sgd" else {}))
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.first_step()
+    optimizer.second_step()
+    buffers = [buffer for flat in optimizer._flats.values() for buffer in flat.buffers.values()]
+    return sum(buffer.nbytes for buffer in buffers), bench.predicted_bytes(37, 4, bench.BASES[base])
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_state_of_the_rank_that_holds_most_is_what_the_page_says(base):
+    """docs/scaling.md; the other ranks hold no more."""
+    held = run(4, bytes_of_state, base)
+    assert held[0][0] == held[0][1]
+    assert all(nbytes <= held[0][0] for nbytes, _ in held)

@@ -1,0 +1,192 @@
+"""State and time of a step by parameters and ranks: predicted from the formulas of docs/scaling.md, and measured.
+
+python bench/scaling.py                         # 1, 2 and 4 processes over gloo; prints the two tables
+python bench/scaling.py --write docs/scaling.md # and puts them between the page's markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from measure import HostClock, Triad, quantiles
+from rows import stamp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from fsam_ext import FriendlySAM
+from fsam_ext.flat_state import ALIGNMENT_BYTES
+
+LAYERS = 24
+WIDTHS = (256, 512, 1024)
+TINY = 8  # a width at which only the fixed cost is left
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base optimizer in float32: the bytes of its state, and those that a step moves, for each parameter."""
+
+    cls: type[torch.optim.Optimizer]
+    kwargs: dict[str, Any]
+    state: int
+    moved: int
+    counts_steps: bool
+
+
+BASES = {
+    "sgd": Base(torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}, 4, 52, False),
+    "adamw": Base(torch.optim.AdamW, {"lr": 1e-3}, 8, 60, True),
+}
+OURS = 4 + 4  # average and backup
+
+
+def shapes(width: int) -> list[tuple[int, ...]]:
+    return [(width, width), (width,)] * LAYERS
+
+
+def predicted_bytes(width: int, ranks: int, base: Base) -> int:
+    """State of the rank that holds most: rank 0, which gets the larger part of a dimension that does not divide."""
+    unit = ALIGNMENT_BYTES // 4
+    total = 0
+    for rows, *rest in shapes(width):
+        numel = -(-rows // ranks)
+        for size in rest:
+            numel *= size
+        total += -(-numel // unit) * unit * (OURS + base.state) + (4 if base.counts_steps else 0)
+    return total
+
+
+def predicted_seconds(width: int, ranks: int, base: Base, fixed: float, bandwidth: float) -> float:
+    parameters = sum(torch.Size(shape).numel() for shape in shapes(width))
+    return fixed + parameters / ranks * base.moved / bandwidth
+
+
+# ---- On a rank -------------------------------------------------------------------------------------------------------
+
+
+def optimizer_of(width: int, base: Base) -> FriendlySAM:
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(LAYERS)))
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = FriendlySAM(model.parameters(), base.cls, **base.kwargs)
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 1e-3)
+    return optimizer
+
+
+def slowest(seconds: float) -> float:
+    """Over all ranks: a step is done when the last one is."""
+    value = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value)
+
+
+def time_of(call: Any, rounds: int) -> float:
+    clock = HostClock()
+    samples = []
+    for i in range(rounds + 3):
+        dist.barrier()
+        seconds = slowest(clock.seconds(call))
+        if i >= 3:
+            samples.append(seconds)
+    return quantiles(samples).median
+
+
+def step_of(optimizer: FriendlySAM) -> Any:
+    def step() -> None:
+        optimizer.first_step()
+        optimizer.second_step()
+
+    return step
+
+
+def on_rank(rank: int, ranks: int, rounds: int, store: str, answer: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    results: dict[str, Any] = {}
+    for name, base in BASES.items():
+        results[f"fixed {name}"] = time_of(step_of(optimizer_of(TINY, base)), 20 * rounds)
+        for width in WIDTHS:
+            optimizer = optimizer_of(width, base)
+            seconds = time_of(step_of(optimizer), rounds)
+            buffers = [buffer for flat in optimizer._flats.values() for buffer in flat.buffers.values()]
+            results[f"{width} {name}"] = [seconds, sum(buffer.nbytes for buffer in buffers)]
+            # The bus, under the same conditions: all ranks at once, over as many bytes as the step touches.
+            touched = 2 * 4 * LAYERS * width * width // ranks + sum(buffer.nbytes for buffer in buffers)
+            triad = Triad(touched // 3, torch.device("cpu"))
+            results[f"bus {width} {name}"] = triad.bytes / time_of(triad, rounds)
+            del optimizer, buffers, triad
+    if rank == 0:
+        Path(answer).write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# ---- The tables ------------------------------------------------------------------------------------------------------
+
+
+def measure(ranks: int, rounds: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        store, answer = os.path.join(folder, "store"), os.path.join(folder, "answer")
+        torch.multiprocessing.spawn(on_rank, (ranks, rounds, store, answer), nprocs=ranks)
+        return json.loads(Path(answer).read_text())
+
+
+def tables(rank_counts: list[int], rounds: int) -> str:
+    lines = [
+        "| base | parameters | ranks | state per rank, predicted | measured | step, predicted | measured | ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    constants = ["| ranks | fixed cost, SGD | fixed cost, AdamW | bus per rank |", "|---:|---:|---:|---:|"]
+    rows: dict[tuple[str, int, int], str] = {}
+    for ranks in rank_counts:
+        found = measure(ranks, rounds)
+        bus = [found[f"bus {width} {name}"] for width in WIDTHS for name in BASES]
+        fixed = {name: found[f"fixed {name}"] for name in BASES}
+        constants.append(
+            f"| {ranks} | {fixed['sgd'] * 1e3:.2f} ms | {fixed['adamw'] * 1e3:.2f} ms "
+            f"| {min(bus) / 1e9:.1f} to {max(bus) / 1e9:.1f} GB/s |"
+        )
+        for name, base in BASES.items():
+            for width in WIDTHS:
+                seconds, nbytes = found[f"{width} {name}"]
+                expected = predicted_seconds(width, ranks, base, fixed[name], found[f"bus {width} {name}"])
+                parameters = sum(torch.Size(shape).numel() for shape in shapes(width))
+                state = predicted_bytes(width, ranks, base) / 1e6, nbytes / 1e6
+                step = expected * 1e3, seconds * 1e3
+                rows[name, width, ranks] = (
+                    f"| {name} | {parameters / 1e6:.1f}M | {ranks} | {state[0]:.3f} MB | {state[1]:.3f} MB "
+                    f"| {step[0]:.2f} ms | {step[1]:.2f} ms | {step[1] / step[0]:.2f} |"
+                )
+    order = sorted(rows, key=lambda key: (list(BASES).index(key[0]), key[1], key[2]))
+    where = stamp(torch.device("cpu"))
+    note = f"{where['machine']}; one thread a rank; {where['versions']}; {where['commit']}, {where['date']}."
+    return "\n".join([*constants, "", *lines, *(rows[key] for key in order), "", note])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each size; the median counts")
+    parser.add_argument("--write", type=Path, help="a page with the markers scaling:begin and scaling:end")
+    arguments = parser.parse_args()
+    text = tables(arguments.ranks, arguments.rounds)
+    print(text)
+    if arguments.write is not None:
+        begin, end = "<!-- scaling:begin -->", "<!-- scaling:end -->"
+        page = arguments.write.read_text()
+        before, after = page.split(begin)[0], page.split(end)[1]
+        arguments.write.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+if __name__ == "__main__":
+    main()
