@@ -87,7 +87,7 @@ def test_small_numbers_survive_conversion():
         )
         ops.restore_sgd(
             BACKENDS["cpu"](), inputs.params, inputs.grads, inputs.offsets, None, None, None, None, None,
-            0.1, None, 0.0, 0.0, 0.0, False, False,
+            0.1, None, 0.0, 0.0, 0.0, False, False, None,
         )  # fmt: skip
         assert torch.equal(param, expected)
 
@@ -100,5 +100,5 @@ def test_rounding_is_to_nearest_even():
         results = torch.zeros(1000, dtype=dtype)
         for i, lr in enumerate(lrs.tolist()):
             call = ([results[i : i + 1]], [grad.to(dtype)], offsets, None, None, None, None, None, -lr, None)
-            ops.restore_sgd(BACKENDS["cpu"](), *call, 0.0, 0.0, 0.0, False, False)
+            ops.restore_sgd(BACKENDS["cpu"](), *call, 0.0, 0.0, 0.0, False, False, None)
         assert torch.equal(results, lrs.to(dtype))
