@@ -72,7 +72,7 @@ class EffectWatch:
             self._warned = True
             warnings.warn(
                 f"rounding to {names} leaves little of the perturbation: the cosine of what is left with what was "
-                f"meant is {cosine:.2f}. A larger rho, master_weights=True, or forward passes in float32 or float16 help; "
-                'stats()["effective_cosine"] tells',
+                f"meant is {cosine:.2f}. A larger rho, master_weights=True, or forward passes in float32 or float16 "
+                'help; stats()["effective_cosine"] tells',
                 stacklevel=4,
             )

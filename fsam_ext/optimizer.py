@@ -69,8 +69,8 @@ class FriendlySAM(Optimizer):
     Parameters and gradients may be float64, float32, bfloat16 or float16; all arithmetic is float32 (float64 for
     float64), and so is the state unless an option says otherwise. Nothing in a step waits for the device.
 
-    With ``every``, ``start`` or ``end`` only some steps make an ascent (``ascends`` tells); the others are plain steps of
-    the base optimizer, by ``step(closure)``, or by ``step()`` after one backward.
+    With ``every``, ``start`` or ``end`` only some steps make an ascent (``ascends`` tells); the others are plain steps
+    of the base optimizer, by ``step(closure)``, or by ``step()`` after one backward.
 
     Args:
         params: parameters, named parameters or param groups, as for every torch optimizer.
@@ -86,8 +86,8 @@ class FriendlySAM(Optimizer):
         perturb_eps: added to the norm.
         backend: name of the backend that has to serve; None takes the best one for each device.
         every, start, end: ascend in every ``every``-th step only, from step ``start`` on and before step ``end``,
-            counted from 0; ``start`` and ``end`` may be functions of the step's number that tell whether they are reached. The
-            average sees a gradient in every step.
+            counted from 0; ``start`` and ``end`` may be functions of the step's number that tell whether they are
+            reached. The average sees a gradient in every step.
         master_weights: keep float32 copies of bfloat16 and float16 parameters, which the base optimizer updates and of
             which the parameters are the rounded values. There is no backup then. SGD, Adam and AdamW only.
         stochastic_rounding: without masters, round the base optimizer's update of 16-bit parameters up or down at
@@ -710,8 +710,8 @@ class FriendlySAM(Optimizer):
             ``noise_norm``: |d|, adaptive: ||w| d|; ``grad_norm``: |g|; ``ema_norm``: |m| before the ascent;
             ``cosine``: of g and m before the ascent, NaN where one of them is zero; ``found_inf``: the ascent was
             not finite, nothing was perturbed. Where weights are rounded (16-bit parameters, ``forward_dtype``), over
-            these: ``effective_norm``, of what rounding leaves of the perturbation, and ``effective_cosine``, of that with the
-            intended one. Of sharded parameters these two are about this rank's shards.
+            these: ``effective_norm``, of what rounding leaves of the perturbation, and ``effective_cosine``, of that
+            with the intended one. Of sharded parameters these two are about this rank's shards.
 
         Reading a value waits for the device; calling this does not.
 

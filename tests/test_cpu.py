@@ -13,7 +13,7 @@ import torch
 from fsam_ext import ops
 
 from .conformance import BACKENDS, DTYPES, LAYOUTS, Inputs
-from .test_ops import calls
+from .test_ops import calls, mixed_calls
 
 PROGRAM = "from tests.test_cpu import digest; print(digest())"
 
@@ -26,9 +26,12 @@ def digest(threads: int = 1) -> str:
     backend = BACKENDS["cpu"]()
     large = LAYOUTS["odd"].params + [lambda dtype: torch.empty(1_000_003, dtype=dtype)]
     LAYOUTS["large"] = type(LAYOUTS["odd"])(large)
-    for dtype in DTYPES:
-        inputs = Inputs("large", dtype)
-        for op, call in calls(inputs).items():
+    compressed = zip(DTYPES[1:], (torch.int8, torch.bfloat16, torch.int8), strict=True)
+    for call_of_each_op in (
+        *(calls(Inputs("large", dtype)) for dtype in DTYPES),
+        *(mixed_calls(Inputs("large", dtype, alignment=ops.QUANTIZED), stored) for dtype, stored in compressed),
+    ):
+        for op, call in call_of_each_op.items():
             getattr(backend, op)(*call)
             for argument in call:
                 for tensor in argument if isinstance(argument, list) else [argument]:

@@ -458,3 +458,32 @@ def test_an_int8_average_without_its_scales_is_refused_by_load():
         optimizer.load_state_dict(checkpoint)
     for name, value in before["state"][0].items():
         assert identical(optimizer.state_dict()["state"][0][name], value)
+
+
+# ---- Memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base, own", [(SGD, 4), (AdamW, 8)])
+@pytest.mark.parametrize(
+    "dtype, options, over",
+    [
+        (torch.float32, {}, 8),
+        (torch.float32, {"ema_dtype": torch.bfloat16}, 6),
+        (torch.bfloat16, {"master_weights": True}, 4),
+        (torch.bfloat16, {"master_weights": True, "ema_dtype": torch.bfloat16}, 2),
+        (torch.bfloat16, {"master_weights": True, "ema_dtype": torch.int8}, 1 + 4 / 128),
+    ],
+)
+def test_bytes_per_parameter(base, own, dtype, options, over):
+    """Every buffer that is left after a step: what docs/mixed-precision.md says, and next to nothing beside it."""
+    numel = 1 << 20
+    p = nn.Parameter(torch.zeros(numel, dtype=dtype))
+    optimizer = FriendlySAM([p], base, **options, **KWARGS[base])
+    for half in (optimizer.first_step, optimizer.second_step):
+        p.grad = torch.ones_like(p)
+        half()
+    (flat,) = optimizer._flats.values()
+    tensors = [*flat.buffers.values(), flat.partials, *optimizer._effects, *(s for s, _ in optimizer._stats.values())]
+    held = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    masters = 4 if flat.masters else 0
+    assert abs(held / numel - own - masters - over) < 0.02
