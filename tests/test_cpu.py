@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from .test_ops import calls, mixed_calls
 PROGRAM = "from tests.test_cpu import digest; print(digest())"
 
 
+@functools.cache
 def digest(threads: int = 1) -> str:
     """A hash of everything that all ops write, over all dtypes, and over enough elements to make threads share them."""
     torch.set_num_threads(threads)
@@ -27,9 +30,9 @@ def digest(threads: int = 1) -> str:
     large = LAYOUTS["odd"].params + [lambda dtype: torch.empty(1_000_003, dtype=dtype)]
     LAYOUTS["large"] = type(LAYOUTS["odd"])(large)
     compressed = zip(DTYPES[1:], (torch.int8, torch.bfloat16, torch.int8), strict=True)
-    for call_of_each_op in (
-        *(calls(Inputs("large", dtype)) for dtype in DTYPES),
-        *(mixed_calls(Inputs("large", dtype, alignment=ops.QUANTIZED), stored) for dtype, stored in compressed),
+    for call_of_each_op in chain(
+        (calls(Inputs("large", dtype)) for dtype in DTYPES),
+        (mixed_calls(Inputs("large", dtype, alignment=ops.QUANTIZED), stored) for dtype, stored in compressed),
     ):
         for op, call in call_of_each_op.items():
             getattr(backend, op)(*call)
