@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "fsam_ext/_C_cuda.abi3.so"
 KERNELS = ROOT / "csrc/cuda/kernels.cuh"
 
-SIZES = {"double": 8, "float": 4, "fsam::bfloat16": 2, "fsam::half": 2}
+SIZES = {"double": 8, "float": 4, "fsam::bfloat16": 2, "fsam::half": 2, "signed char": 1, "void": 0}
 THREADS_PER_BLOCK = 256
 REGISTERS_PER_SM = 65536
 
@@ -89,14 +89,21 @@ class Kernel:
         """What the pass reads for each parameter."""
         storage = SIZES[self.arguments[0]]
         state = 8 if storage == 8 else 4
-        if self.op == "noise_norm":
-            _, ema, adaptive, _ = self.arguments
-            return storage + (ema != "(fsam::Ema)0") * state + (adaptive == "true") * storage
+        if self.op in ("noise_norm", "update_ema"):
+            return storage + SIZES[self.arguments[1]]
         if self.op == "perturb":
-            return 2 * storage + (self.arguments[1] != "(fsam::Ema)0") * state
+            _, average, master, _ = self.arguments
+            return (4 if master == "true" else storage) + storage + SIZES[average]
+        weight = 4 if self.arguments[1] == "true" else storage
         if self.op == "restore_sgd":
-            return 2 * storage + (self.arguments[1] == "true") * state
-        return {"restore": storage, "restore_adam": 2 * storage + 2 * state}[self.op]
+            return weight + storage + (self.arguments[2] == "true") * state
+        return {"restore": weight, "restore_adam": weight + storage + 2 * state}[self.op]
+
+    @property
+    def narrow_average(self) -> bool:
+        """Whether its average fills less than 16 bytes where the parameters of a lane do."""
+        average = self.arguments[1]
+        return average == "signed char" or (average == "fsam::bfloat16" and self.arguments[0] == "float")
 
     @property
     def bytes_in_flight_per_thread(self) -> int:

@@ -31,9 +31,10 @@ struct StoredAs {
   using type = M;
 };
 
-// Calls call(StoredAs<M>{}). Arithmetic in double goes with averages in double.
+// Calls call(StoredAs<M>{}), on the host. Arithmetic in double goes with averages in double. Always inlined, because
+// cpu/leaf_loops.cpp is compiled once for each ISA.
 template <class S, class Call>
-FSAM_FN auto choose_average(AverageStorage storage, const Call& call) {
+inline __attribute__((always_inline)) auto choose_average(AverageStorage storage, const Call& call) {
   if constexpr (sizeof(S) == 4) {
     if (storage == AverageStorage::bfloat16) return call(StoredAs<bfloat16>{});
     if (storage == AverageStorage::int8) return call(StoredAs<int8_t>{});

@@ -363,6 +363,27 @@ def test_a_skipped_step_leaves_the_average(backend, layout, dtype, stored, reaso
     assert all(map(identical, average.tensors(), before))
 
 
+@pytest.mark.parametrize("size", [1.0, 2.0**-110], ids=["ordinary", "tiny"])
+def test_an_int8_average_does_not_wear_off(backend, layout, size):
+    """What is stored again without a finite gradient keeps its bits; a block below 2^-100 is zero, not unset."""
+    backend, device = backend
+    inputs = Inputs(layout, torch.float32, device, alignment=ops.QUANTIZED)
+    average = inputs.average(torch.int8)
+    average.scale.fill_(math.nan)
+    nothing = [torch.full_like(grad, math.nan) for grad in inputs.grads]
+    small = [grad * size for grad in inputs.grads]
+    stored = []
+    for grads in (small, nothing, nothing, inputs.grads):
+        mirror = Average(*copied(average.tensors()))
+        for feed, m in ((backend, average), (reference, mirror)):
+            ops.update_ema(feed, inputs.params, grads, inputs.offsets, m.ema, m.scale, None, None, None, LMBDA)
+        assert all(map(identical, average.tensors(), mirror.tensors()))
+        stored.append(copied(average.tensors()))
+    assert all(map(identical, stored[0] * 2, stored[1] + stored[2]))
+    scales = stored[0][1][~stored[0][1].isnan()]  # of the rows
+    assert (scales > 0).all() if size == 1.0 else (scales == 0).all()
+
+
 # ---- The restore and the base updates --------------------------------------------------------------------------------
 
 
