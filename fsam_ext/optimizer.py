@@ -17,6 +17,7 @@ from . import amp, backends, checkpoints, distributed, ops, options
 from .accumulation import BackwardCount, as_list, evaluate
 from .base_update import GenericBase, base_defaults, fused_base, is_fused, number_or_tensor
 from .diagnostics import EffectWatch, effective_norm_and_cosine, total_effect
+from .distributed import Sharding
 from .flat_state import FlatState
 from .flatten import REGISTRY, FlatParameters
 from .options import LOW_PRECISION, STEP, check_gradient, check_options, check_parameter, uses_ema
@@ -227,12 +228,6 @@ class FriendlySAM(Optimizer):
 
     # ---- Segments --------------------------------------------------------------------------------------------------
 
-    def _kind(self, group: dict[str, Any], param: Tensor) -> tuple[Any, ...]:
-        """What parameters that share flat buffers have in common."""
-        dtype = param.dtype
-        shards = None if type(param) is Parameter else distributed.sharding(param)
-        return (dtype, param.device, options.ema_dtype(group, dtype), options.has_masters(group, dtype), shards)
-
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The options that decide which state a group has and how it is kept."""
         base = self._fused.state_names(group) if self._fused else ()
@@ -262,13 +257,20 @@ class FriendlySAM(Optimizer):
         return segments
 
     def _by_kind(self, group: dict[str, Any], params: Sequence[Tensor]) -> dict[FlatState, list[Tensor]]:
-        kinds: dict[FlatState, list[Tensor]] = {}
-        for param in params:
-            key = self._kind(group, param)
-            if key not in self._flats:
-                self._flats[key] = FlatState(*key)
-            kinds.setdefault(self._flats[key], []).append(param)
-        return kinds
+        """Parameters of one group by what those that share flat buffers have in common."""
+        kinds: dict[tuple[Any, ...], list[Tensor]] = {}
+        for param in params:  # in every pass of a mixed group: nothing here that can be left for later
+            shards = None if type(param) is Parameter else distributed.sharding(param)
+            kinds.setdefault((param.dtype, param.device, shards), []).append(param)
+        return {self._flat_state(group, *kind): members for kind, members in kinds.items()}
+
+    def _flat_state(
+        self, group: dict[str, Any], dtype: torch.dtype, device: torch.device, shards: Sharding | None
+    ) -> FlatState:
+        key = (dtype, device, options.ema_dtype(group, dtype), options.has_masters(group, dtype), shards)
+        if key not in self._flats:
+            self._flats[key] = FlatState(*key)
+        return self._flats[key]
 
     def _participants(self) -> list[Participant]:
         """Every parameter that has a gradient now, in segments. They are made anew only where something changed.
