@@ -99,6 +99,9 @@ class FriendlySAM(Optimizer):
             scale for each 128 elements (for lmbda up to .999). None: the dtype of the arithmetic.
         ema_source: "ascent": the average is of first gradients. "descent": of second ones; with data-parallel training
             whose first pass is local, these are the same on all ranks. Costs a pass over gradients and average.
+        ascent_sync: False promises that data-parallel ranks make the first pass on their own (``no_sync``): each is
+            perturbed along its own gradient, and one whose first gradient is not finite is not perturbed but makes
+            the update that all others make. docs/scaling.md has the choice of ``ema_source`` that goes with it.
         forward_dtype: the 16-bit dtype that forward passes see float32 parameters in (autocast, mixed-precision
             policies); only for ``stats()`` and its warning.
         capturable: promise that every option that changes is a tensor on the device, so that a CUDA graph may hold
@@ -130,6 +133,7 @@ class FriendlySAM(Optimizer):
         rounding_seed: int = 0,
         ema_dtype: torch.dtype | None = None,
         ema_source: str = "ascent",
+        ascent_sync: bool = True,
         forward_dtype: torch.dtype | None = None,
         backend: str | None = None,
         capturable: bool = False,
@@ -148,6 +152,7 @@ class FriendlySAM(Optimizer):
         self.base_optimizer = base_optimizer
         self.backend = backend
         self.capturable = capturable
+        self.ascent_sync = ascent_sync
         self.rounding_seed = rounding_seed
         self.schedule = Schedule(every, start, end)
         self._generic: GenericBase | None = None
@@ -312,6 +317,11 @@ class FriendlySAM(Optimizer):
                 self._meshes[number] = (list(params), meshes)
             for mesh, device in meshes.items():
                 found.setdefault(mesh, device)
+        if found and not self.ascent_sync:
+            raise RuntimeError(
+                "ascent_sync=False needs gradients of this rank alone, which sharded parameters do not have; leave it "
+                "out, or use DistributedDataParallel"
+            )
         return found
 
     def _current_grads(self, group: dict[str, Any], segments: list[Segment]) -> list[Sequence[Tensor]] | None:
@@ -356,8 +366,8 @@ class FriendlySAM(Optimizer):
                 ``grad_scaler.step(optimizer)``.
 
         Raises:
-            RuntimeError: the weights are perturbed already, the schedule has no ascent in this step, or a gradient
-                cannot be used. Nothing has changed then.
+            RuntimeError: the weights are perturbed already, the schedule has no ascent in this step, a gradient
+                cannot be used, or parameters are sharded with ``ascent_sync=False``. Nothing has changed then.
             TypeError, ValueError: an option or the scaler cannot be used.
         """
         if self._stage is not State.CLEAN:
@@ -585,8 +595,11 @@ class FriendlySAM(Optimizer):
         )
 
     def _guards(self, device: torch.device) -> Guards:
-        """What the second gradient is scaled by, and what may have its update skipped."""
-        stats = None if self._stage is State.CLEAN else self._total(device)
+        """What the second gradient is scaled by, and what may have its update skipped.
+
+        Not this rank's ascent where the others made another one: all have to make the same update.
+        """
+        stats = self._total(device) if self._stage is not State.CLEAN and self.ascent_sync else None
         scaler = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         # Where no parameter has a gradient, the scaler's sum over none is the number 0.
         return Guards(stats, *(t.to(device, non_blocking=True) if isinstance(t, Tensor) else None for t in scaler))
@@ -627,7 +640,7 @@ class FriendlySAM(Optimizer):
 
     def _conclude(self, plain: bool) -> None:
         """The step is over."""
-        if self._grad_scaler is not None and self._totals:
+        if self._grad_scaler is not None and self._totals and self.ascent_sync:
             amp.report_overflow(self._grad_scaler, self, next(iter(self._totals.values()))[0])
         self._backward_count.finished()
         for counter in self._rounding.values():
@@ -846,6 +859,7 @@ class FriendlySAM(Optimizer):
             "base_optimizer": self.base_optimizer,
             "backend": self.backend,
             "capturable": self.capturable,
+            "ascent_sync": self.ascent_sync,
             "rounding_seed": self.rounding_seed,
             "schedule": self.schedule,
             "_fused": self._fused,
