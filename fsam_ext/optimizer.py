@@ -806,7 +806,10 @@ class FriendlySAM(Optimizer):
             RuntimeError: the weights are perturbed.
         """
         self._refuse_while_perturbed("state_dict()")
-        return super().state_dict()
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:  # as words: torch.distributed.checkpoint takes no dtype for an option
+            group.update({name: str(value) for name, value in group.items() if isinstance(value, torch.dtype)})
+        return state_dict
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -214,10 +214,13 @@ def test_several_dtypes_in_one_optimizer():
 class OnTwoDevices(FriendlySAM):
     """Every other parameter counts as on `cpu:0`: another device than `cpu` to the optimizer, the same to torch."""
 
-    def _kind(self, group, param):
-        dtype, device, *rest = super()._kind(group, param)
-        place = [q is param for q in self.param_groups[0]["params"]].index(True)
-        return (dtype, torch.device("cpu", 0) if place % 2 else device, *rest)
+    def _by_kind(self, group, params):
+        kinds = {}
+        for param in params:
+            place = [q is param for q in self.param_groups[0]["params"]].index(True)
+            device = torch.device("cpu", 0) if place % 2 else param.device
+            kinds.setdefault(self._flat_state(group, param.dtype, device, None), []).append(param)
+        return kinds
 
 
 @pytest.mark.parametrize("base", ["sgd_momentum", "adamw"])

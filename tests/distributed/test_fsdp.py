@@ -23,8 +23,8 @@ from .training import batches, distance, make, network, shard, state_vector, tra
 STEPS = 12
 
 
-def sharded(mesh=None, **kwargs):
-    model = network()
+def sharded(mesh=None, dtype=torch.float64, **kwargs):
+    model = network(dtype)
     mesh = mesh or init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     for layer in model:
         if isinstance(layer, nn.Linear):
