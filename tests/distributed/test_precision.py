@@ -104,7 +104,7 @@ def test_a_mixed_precision_policy_and_what_rounding_leaves(reduce_dtype):
     """A small rho in bfloat16 forwards: the statistic has to tell how little of it the model sees."""
     for found, expected in run(2, what_rounding_leaves, reduce_dtype):
         assert found == pytest.approx(expected, rel=1e-4)
-        assert found[0] > 0 and 0.3 < found[1] < 0.99
+        assert found[0] > 0 and found[1] < 0.9
 
 
 def scaled(where):
