@@ -88,13 +88,24 @@ class Passes:
 
     def noise_norm(self) -> None:
         self.backend.noise_norm(
-            self.params, self.grads, self.offsets, self.first, None, 1.0, 0.9, False, False, self.partials, self.stats
+            self.params,
+            self.grads,
+            self.offsets,
+            self.first,
+            None,
+            None,
+            1.0,
+            0.9,
+            False,
+            False,
+            self.partials,
+            self.stats,
         )
 
     def perturb(self) -> None:
         self.backend.perturb(
-            self.params, self.grads, self.offsets, self.first, self.backup, self.stats, None,
-            1e-3, None, 1.0, 0.9, 1e-12, False, False,
+            self.params, self.grads, self.offsets, self.first, None, self.backup, self.stats, None,
+            1e-3, None, 1.0, 0.9, 1e-12, False, False, True, 0, None,
         )  # fmt: skip
 
     def restore(self) -> None:
@@ -103,13 +114,13 @@ class Passes:
     def restore_sgd(self) -> None:
         self.backend.restore_sgd(
             self.params, self.grads, self.offsets, self.backup, self.first, self.stats, None, None,
-            1e-3, None, 0.9, 0.0, 1e-4, False, False,
+            1e-3, None, 0.9, 0.0, 1e-4, False, False, None,
         )  # fmt: skip
 
     def restore_adam(self) -> None:
         self.backend.restore_adam(
             self.params, self.grads, self.offsets, self.backup, self.first, self.second, self.steps, self.stats,
-            None, None, 1e-3, None, 0.9, 0.999, 1e-8, 0.01, True, False,
+            None, None, 1e-3, None, 0.9, 0.999, 1e-8, 0.01, True, False, None,
         )  # fmt: skip
 
 

@@ -52,13 +52,10 @@ FSAM_FN double square_root(double x) {
 // ---- The ascent
 // ------------------------------------------------------------------------------------------------
 
-// How the noise d uses the gradient's moving average m:
-enum class Ema : int {
-  none,      // d = g                   SAM, ASAM; no average exists
-  previous,  // d = g - sigma * m_prev  the official code
-  updated,   // d = g - sigma * m_new   Algorithm 1 of the paper
-};
-
+// Whether a moving average m exists is known where a loop is compiled (kEma); without one d = g (SAM, ASAM). With one:
+//   d = g - sigma * m_prev  the official code
+//   d = g - sigma * m_new   Algorithm 1 of the paper (`updated`)
+// The flags are the same for all elements, so a branch on them costs nothing beside a memory access.
 template <class S>
 struct AscentScalars {
   S inverse_scale;    // 1 / loss scale: gradients are unscaled where they are read
@@ -66,11 +63,14 @@ struct AscentScalars {
   S lmbda;            // decay of the average
   S one_minus_lmbda;  // rounded once, from double
   S step_length;      // rho / (norm + eps); pass B only
+  bool adaptive;      // ASAM
+  bool updated;       // the noise uses the average that includes g
 };
 
 template <class S>
-FSAM_FN AscentScalars<S> ascent_scalars(double inverse_scale, double sigma, double lmbda, double step_length) {
-  return {S(inverse_scale), S(sigma), S(lmbda), S(1.0 - lmbda), S(step_length)};
+FSAM_FN AscentScalars<S> ascent_scalars(double inverse_scale, double sigma, double lmbda, double step_length,
+                                        bool adaptive, bool updated) {
+  return {S(inverse_scale), S(sigma), S(lmbda), S(1.0 - lmbda), S(step_length), adaptive, updated};
 }
 
 // rho / (norm + eps), and 0 for a zero norm: no direction, no perturbation, no NaN even where eps
@@ -99,11 +99,10 @@ FSAM_FN V known(V state) {
 }
 
 // The noise component d of the gradient.
-template <Ema kEma, class V, class S>
+template <bool kEma, class V, class S>
 FSAM_FN V noise(V g, V ema, const AscentScalars<S>& s) {
-  if constexpr (kEma == Ema::none) return g;
-  if constexpr (kEma == Ema::previous) return g - s.sigma * known(ema);
-  return g - s.sigma * ema_update(ema, g, s.lmbda, s.one_minus_lmbda);
+  if constexpr (!kEma) return g;
+  return g - s.sigma * (s.updated ? ema_update(ema, g, s.lmbda, s.one_minus_lmbda) : known(ema));
 }
 
 // The summands of pass A.
@@ -113,14 +112,14 @@ struct Statistics {
 };
 constexpr int kStatistics = 5;
 
-template <Ema kEma, bool kAdaptive, class V, class S>
+template <bool kEma, class V, class S>
 FSAM_FN void accumulate(Statistics<V>& sums, V w, V scaled_g, V ema, const AscentScalars<S>& s) {
   const V g = scaled_g * s.inverse_scale;
   V d = noise<kEma>(g, ema, s);
-  if constexpr (kAdaptive) d = w * d;  // (|w| d)^2 = (w d)^2
+  if (s.adaptive) d = w * d;  // (|w| d)^2 = (w d)^2
   sums.noise_sq = sums.noise_sq + d * d;
   sums.grad_sq = sums.grad_sq + g * g;
-  if constexpr (kEma != Ema::none) {
+  if constexpr (kEma) {
     const V m = known(ema);
     sums.grad_dot_ema = sums.grad_dot_ema + g * m;
     sums.ema_sq = sums.ema_sq + m * m;
@@ -128,12 +127,34 @@ FSAM_FN void accumulate(Statistics<V>& sums, V w, V scaled_g, V ema, const Ascen
   sums.nonfinite = sums.nonfinite + select(is_finite(g), V(0), V(1));
 }
 
-// w + rho * d / (norm + eps), adaptive: w + rho * |w|^2 * d / (norm + eps); in the order of the
+// What pass B adds to a weight: rho * d / (norm + eps), adaptive: rho * |w|^2 * d / (norm + eps); in the order of the
 // official code.
-template <bool kAdaptive, class V, class S>
-FSAM_FN V perturbed(V w, V d, S step_length) {
-  if constexpr (kAdaptive) return w + w * w * d * step_length;
-  return w + d * step_length;
+template <class V, class S>
+FSAM_FN V perturbation(V w, V d, const AscentScalars<S>& s) {
+  return (s.adaptive ? w * w * d : d) * s.step_length;
+}
+
+// How much of a perturbation is left once the perturbed weights are rounded: the sums that give its norm and its
+// cosine with the intended one.
+template <class V>
+struct Effect {
+  V effective_sq{0}, effective_dot_intended{0}, intended_sq{0};
+};
+constexpr int kEffect = 3;
+
+template <class V>
+FSAM_FN void accumulate(Effect<V>& sums, V effective, V intended) {
+  sums.effective_sq = sums.effective_sq + effective * effective;
+  sums.effective_dot_intended = sums.effective_dot_intended + effective * intended;
+  sums.intended_sq = sums.intended_sq + intended * intended;
+}
+
+// The average outside an ascent. A gradient that is not finite leaves its element alone: here no norm has been taken
+// that could tell.
+template <class V, class S>
+FSAM_FN V fed(V ema, V scaled_g, S inverse_scale, S lmbda, S one_minus_lmbda) {
+  const V g = scaled_g * inverse_scale;
+  return select(is_finite(g), ema_update(ema, g, lmbda, one_minus_lmbda), ema);
 }
 
 // ---- The base updates

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "average.h"
 #include "formulas.h"
 #include "storage.h"
 #include "tensor_list.h"
@@ -44,6 +45,17 @@ int32_t dtype_number() {
   if constexpr (std::is_same_v<T, float>) return aoti_torch_dtype_float32();
   if constexpr (std::is_same_v<T, bfloat16>) return aoti_torch_dtype_bfloat16();
   if constexpr (std::is_same_v<T, half>) return aoti_torch_dtype_float16();
+  if constexpr (std::is_same_v<T, int8_t>) return aoti_torch_dtype_int8();
+  if constexpr (std::is_same_v<T, int64_t>) return aoti_torch_dtype_int64();
+}
+template <class T>
+const char* dtype_name() {
+  if constexpr (std::is_same_v<T, double>) return "float64";
+  if constexpr (std::is_same_v<T, float>) return "float32";
+  if constexpr (std::is_same_v<T, bfloat16>) return "bfloat16";
+  if constexpr (std::is_same_v<T, half>) return "float16";
+  if constexpr (std::is_same_v<T, int8_t>) return "int8";
+  if constexpr (std::is_same_v<T, int64_t>) return "int64";
 }
 
 // Calls call(T{}) with the storage type of the parameters.
@@ -96,9 +108,22 @@ inline bool same_order(ListedTensor a, ListedTensor b) {
   return true;
 }
 
+// Where the tensors of a call are.
+struct Place {
+  bool on_cpu;
+  int32_t index;
+
+  template <class AnyTensor>
+  bool holds(const AnyTensor& tensor) const {
+    return tensor.is_cpu() == on_cpu && (on_cpu || tensor.get_device_index() == index);
+  }
+};
+
 // The rows of a call, and what must live as long as they are in use.
 struct Arguments {
   TensorTable table;
+  Place place{};
+  int64_t flat_numel = 0;  // how many elements the flat buffers need
   std::vector<Tensor> reordered_grads;
 };
 
@@ -107,7 +132,7 @@ struct Arguments {
 // indices. autograd keeps it so; a gradient set by hand, or made by an op that changed the memory
 // format, may not. Such a gradient (and no other) is copied into the parameter's order for the time
 // of the call.
-inline Arguments arguments(const Tensors& params, const Tensors* grads, const Tensor& offsets) {
+inline Arguments arguments(const Tensors& params, const Tensors* grads, const Tensor& offsets, bool on_cpu) {
   const auto check_strided = [](ListedTensor tensor, const char* list, size_t i) {
     STD_TORCH_CHECK(layout_of(tensor) == aoti_torch_layout_strided(), "fsam_ext: ", list, "[", i,
                     "] is sparse; only dense (strided) tensors are supported: use sparse=False, or to_dense()");
@@ -124,11 +149,13 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
   result.table.rows.reserve(params.size());
   const int64_t* offset = static_cast<const int64_t*>(offsets.data_ptr());
   const int32_t dtype = params.empty() ? 0 : dtype_of(params[0]);
-  const int32_t device = params.empty() ? 0 : params[0].get_device_index();
+  if (!params.empty()) result.place = {params[0].is_cpu(), params[0].get_device_index()};
+  STD_TORCH_CHECK(params.empty() || result.place.on_cpu == on_cpu,
+                  "fsam_ext: params[0] is on another device than the backend that was called serves");
   for (size_t i = 0; i < params.size(); ++i) {
     const ListedTensor param = params[i];
     check_strided(param, "params", i);
-    STD_TORCH_CHECK(dtype_of(param) == dtype && param.get_device_index() == device, "fsam_ext: params[", i,
+    STD_TORCH_CHECK(dtype_of(param) == dtype && result.place.holds(param), "fsam_ext: params[", i,
                     "] differs from params[0] in dtype or device; make one call for each dtype and device");
     STD_TORCH_CHECK(is_dense(param), "fsam_ext: params[", i,
                     "] has gaps or overlaps in memory; only dense strides are supported: call "
@@ -139,7 +166,7 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
       check_strided(grad, "grads", i);
       STD_TORCH_CHECK(dtype_of(grad) == dtype, "fsam_ext: grads[", i,
                       "] has another dtype than its parameter; convert it");
-      STD_TORCH_CHECK(grad.is_cpu() == param.is_cpu() && grad.get_device_index() == device, "fsam_ext: grads[", i,
+      STD_TORCH_CHECK(result.place.holds(grad), "fsam_ext: grads[", i,
                       "] is on another device than its parameter; move it");
       STD_TORCH_CHECK(same_sizes(param, grad), "fsam_ext: grads[", i, "] has another shape than its parameter");
       if (same_order(param, grad)) {
@@ -151,45 +178,74 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
         result.reordered_grads.push_back(std::move(copy));
       }
     }
+    STD_TORCH_CHECK(offset[i] >= 0, "fsam_ext: offsets must not be negative");
+    result.flat_numel = std::max(result.flat_numel, offset[i] + param.numel());
     result.table.add(param.data_ptr(), grad_data, param.numel(), offset[i]);
   }
   return result;
 }
 
-// The data of a flat state buffer of element type E, or null where there is none.
+// The data of a tensor of element type E with at least `numel` elements.
 template <class E>
-E* flat_data(const OptionalTensor& flat, const char* name, const TensorTable& table, bool on_cpu) {
-  if (!flat.has_value()) return nullptr;
-  int64_t needed = 0;
-  for (const Row& row : table.rows) {
-    STD_TORCH_CHECK(row.offset >= 0, "fsam_ext: offsets must not be negative");
-    needed = std::max(needed, row.offset + row.numel);
-  }
-  STD_TORCH_CHECK(flat->is_cpu() == on_cpu && dtype_of(*flat) == dtype_number<E>() && flat->is_contiguous() &&
-                      flat->numel() >= needed,
-                  "fsam_ext: ", name, " must be a contiguous buffer of at least ", needed,
-                  " elements on the parameters' device, in the dtype of the state (float32; "
-                  "float64 for float64 parameters; the "
-                  "backup has the parameters' dtype)");
-  return static_cast<E*>(flat->data_ptr());
-}
-
-// The data of a small tensor of element type E with at least `numel` elements.
-template <class E>
-E* small_data(const Tensor& tensor, const char* name, int64_t numel, bool on_cpu) {
-  STD_TORCH_CHECK(tensor.is_cpu() == on_cpu && dtype_of(tensor) == dtype_number<E>() && tensor.is_contiguous() &&
-                      tensor.numel() >= numel,
-                  "fsam_ext: ", name, " must be a contiguous ", sizeof(E) == 8 ? "float64" : "float32",
-                  " tensor of at least ", numel, " elements on the parameters' device");
+E* data_of(const Tensor& tensor, const char* name, int64_t numel, Place place) {
+  STD_TORCH_CHECK(
+      place.holds(tensor) && dtype_of(tensor) == dtype_number<E>() && tensor.is_contiguous() && tensor.numel() >= numel,
+      "fsam_ext: ", name, " must be a contiguous ", dtype_name<E>(), " tensor of at least ", numel,
+      " elements on the parameters' device");
   return static_cast<E*>(tensor.data_ptr());
 }
 template <class E>
-E* small_data(const OptionalTensor& tensor, const char* name, int64_t numel, bool on_cpu) {
-  return tensor.has_value() ? small_data<E>(*tensor, name, numel, on_cpu) : nullptr;
+E* data_of(const OptionalTensor& tensor, const char* name, int64_t numel, Place place) {
+  return tensor.has_value() ? data_of<E>(*tensor, name, numel, place) : nullptr;
 }
 
-inline Ema ema_kind(bool has_ema, bool ema_updated) {
-  return !has_ema ? Ema::none : ema_updated ? Ema::updated : Ema::previous;
+// The data of a flat state buffer of element type E, or null where there is none.
+template <class E, class MaybeTensor>
+E* flat_data(const MaybeTensor& flat, const char* name, const Arguments& args) {
+  return data_of<E>(flat, name, args.flat_numel, args.place);
+}
+
+// The average, in whichever type stores it.
+template <class S>
+Average average_of(const OptionalTensor& ema, const OptionalTensor& ema_scale, const Arguments& args) {
+  if (!ema.has_value()) return {};
+  const int32_t dtype = dtype_of(*ema);
+  if (dtype == dtype_number<S>()) return {AverageStorage::full, flat_data<S>(ema, "ema", args)};
+  if (sizeof(S) == 4 && dtype == dtype_number<bfloat16>()) {
+    return {AverageStorage::bfloat16, flat_data<bfloat16>(ema, "ema", args)};
+  }
+  STD_TORCH_CHECK(sizeof(S) == 4 && dtype == dtype_number<int8_t>(),
+                  "fsam_ext: ema must be float32, bfloat16 or int8 (float64 for float64 parameters)");
+  STD_TORCH_CHECK(ema_scale.has_value(), "fsam_ext: an int8 ema needs ema_scale, one float32 for each ", kQuantized,
+                  " elements");
+  for (const Row& row : args.table.rows) {
+    STD_TORCH_CHECK(row.offset % kQuantized == 0, "fsam_ext: with an int8 ema each offset must be a multiple of ",
+                    kQuantized);
+  }
+  return {AverageStorage::int8, flat_data<int8_t>(ema, "ema", args),
+          data_of<float>(ema_scale, "ema_scale", (args.flat_numel + kQuantized - 1) / kQuantized, args.place)};
+}
+
+// Where the unperturbed weights are: a copy in the dtype of the parameters, or float32 masters of 16-bit parameters.
+template <class T>
+struct Saved {
+  T* backup = nullptr;
+  compute_t<T>* master = nullptr;
+};
+template <class T>
+Saved<T> saved_weights(const OptionalTensor& backup, const Arguments& args) {
+  if (!backup.has_value()) return {};
+  if (sizeof(T) == 2 && dtype_of(*backup) == dtype_number<float>()) {
+    return {nullptr, flat_data<compute_t<T>>(backup, "backup", args)};
+  }
+  return {flat_data<T>(backup, "backup", args), nullptr};
+}
+
+template <class T>
+Forward forward_of(int64_t forward) {
+  STD_TORCH_CHECK(forward >= 0 && forward <= 2 && (forward == 0 || sizeof(T) <= 4),
+                  "fsam_ext: forward must be 0 (as stored), 1 (bfloat16) or 2 (float16), and 0 for float64");
+  return Forward(forward);
 }
 
 }  // namespace fsam

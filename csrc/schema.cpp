@@ -1,6 +1,6 @@
 // Every op of fsam_ext, with what it mutates: the one list to read.
 //
-// A backend implements these five ops and nothing else (fsam_ext/backends/README.md is the contract
+// A backend implements these six ops and nothing else (fsam_ext/backends/README.md is the contract
 // in words). `params` and `grads` are lists with one entry per row; optimizer state comes as flat
 // buffers in which row i owns the slice [offsets[i], offsets[i] + params[i].numel()). `offsets` is
 // an int64 tensor on the CPU: a list of ten thousand ints would be boxed one by one in every call.
@@ -11,38 +11,40 @@ FSAM_LIBRARY(FSAM_NAMESPACE, m) {
   // Pass A. Writes stats[0:5] = sum d^2, sum g^2, sum g*m, sum m^2, count of non-finite g, over all
   // rows. `partials` is scratch: 5 values for each chunk of 4096 elements of each row.
   m.def(
-      "noise_norm(Tensor[] params, Tensor[] grads, Tensor offsets, Tensor? ema, Tensor? "
-      "grad_scale, "
-      "float sigma, float lmbda, bool adaptive, bool ema_updated, "
+      "noise_norm(Tensor[] params, Tensor[] grads, Tensor offsets, Tensor? ema, Tensor? ema_scale, "
+      "Tensor? grad_scale, float sigma, float lmbda, bool adaptive, bool ema_updated, "
       "Tensor(a!) partials, Tensor(b!) stats) -> ()");
 
-  // Pass B. Fills the backup; then, where stats[0] is finite, updates the EMA and moves the
-  // parameters.
+  // Pass B. Fills the backup (but not masters); then, where stats[0] is finite, updates the EMA where `feeds` and moves
+  // the parameters. `effect`: 3 values for each chunk, what rounding leaves of the perturbation.
   m.def(
-      "perturb(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? ema, Tensor(c!) "
-      "backup, "
-      "Tensor stats, Tensor? grad_scale, float rho, Tensor? rho_tensor, float sigma, float lmbda, "
-      "float eps, "
-      "bool adaptive, bool ema_updated) -> ()");
+      "perturb(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? ema, "
+      "Tensor(c!)? ema_scale, Tensor(d!) backup, Tensor stats, Tensor? grad_scale, float rho, "
+      "Tensor? rho_tensor, float sigma, float lmbda, float eps, bool adaptive, bool ema_updated, "
+      "bool feeds, int forward, Tensor(e!)? effect) -> ()");
+
+  // The EMA without an ascent: in steps that have none, and from the second gradient.
+  m.def(
+      "update_ema(Tensor[] params, Tensor[] grads, Tensor offsets, Tensor(a!) ema, "
+      "Tensor(b!)? ema_scale, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, float lmbda) -> ()");
 
   // Pass C without a base optimizer: params = backup, bit for bit.
   m.def("restore(Tensor(a!)[] params, Tensor offsets, Tensor backup) -> ()");
 
-  // Pass C with SGD. Without `backup` the update starts from the parameters as they are. Where
-  // `stats` is given and stats[0] is not finite, or `found_inf` is given and not zero, the pass
-  // only restores.
+  // Pass C with SGD. Without `backup` the update starts from the parameters as they are; masters are written. Where
+  // `stats` is given and stats[0] is not finite, or `found_inf` is given and not zero, the pass only restores.
   m.def(
-      "restore_sgd(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor? backup, "
-      "Tensor(b!)? momentum_buffer, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, "
+      "restore_sgd(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, "
+      "Tensor(c!)? momentum_buffer, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, "
       "float lr, Tensor? lr_tensor, float momentum, float dampening, float weight_decay, "
-      "bool nesterov, bool maximize) -> ()");
+      "bool nesterov, bool maximize, Tensor? rounding) -> ()");
 
   // Pass C with Adam or (decoupled) AdamW. steps[i] counts the updates of row i, this one included.
   m.def(
-      "restore_adam(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor? backup, "
-      "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor steps, Tensor? stats, Tensor? grad_scale, "
+      "restore_adam(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, "
+      "Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor steps, Tensor? stats, Tensor? grad_scale, "
       "Tensor? found_inf, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
-      "float weight_decay, bool decoupled, bool maximize) -> ()");
+      "float weight_decay, bool decoupled, bool maximize, Tensor? rounding) -> ()");
 
   // Asks for huge pages behind a CPU buffer, before it is touched; no backend op.
   m.def("advise_huge_pages(Tensor buffer) -> ()");

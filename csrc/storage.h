@@ -20,6 +20,9 @@ struct half {
   uint16_t bits;
 };
 
+// What the forward pass rounds weights to, beyond how they are stored: autocast or a mixed-precision policy may.
+enum class Forward : int { as_stored, bfloat16, half };
+
 // Arithmetic is fp32 for every storage type but fp64.
 template <class T>
 struct Compute {
@@ -49,6 +52,9 @@ FSAM_FN float float_of(uint32_t bits) {
 }
 FSAM_FN float number(uint32_t integer) {
   return float(integer);
+}
+FSAM_FN uint32_t integer(float x) {  // towards zero, x in [0, 2^31)
+  return uint32_t(x);
 }
 
 // `U` is uint32_t or a vector of them, holding 16-bit patterns in their low halves.
@@ -91,30 +97,78 @@ FSAM_FN auto narrow_half(V x) {
   return sign | choose(magnitude > 0x7f800000u, infinity | 0x200u, overflowed);
 }
 
-FSAM_FN float load(const float* p) {
-  return *p;
-}
-FSAM_FN double load(const double* p) {
-  return *p;
-}
-FSAM_FN float load(const bfloat16* p) {
-  return widen_bfloat16(uint32_t(p->bits));
-}
-FSAM_FN float load(const half* p) {
-  return widen_half(uint32_t(p->bits));
+// ---- Stochastic rounding
+// -----------------------------------------------------------------------------------------------
+
+// NOTE [stochastic rounding]
+// A 16-bit weight is lost to small updates: rounding to nearest gives the old weight back. Rounding up with the
+// probability that the cut-off part says keeps the update in the mean. The random bits come from a counter, not from a
+// generator with state: a hash of the seed, the number of the step and the element's position in the flat state, so
+// every backend and every number of threads draw the same ones.
+FSAM_FN uint32_t rounding_key(uint64_t seed, uint64_t step) {
+  uint64_t x = seed + step * 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return uint32_t(x ^ (x >> 31));
 }
 
-FSAM_FN void store(float* p, float x) {
-  *p = x;
+// `element`: the low 32 bits of positions, `key` from rounding_key and the high bits (see rounding_key_of).
+template <class U>
+FSAM_FN U random_bits(U element, uint32_t key) {
+  U x = element ^ U(key);
+  x = (x ^ (x >> 16)) * U(0x85ebca6bu);
+  x = (x ^ (x >> 13)) * U(0xc2b2ae35u);
+  return x ^ (x >> 16);
 }
-FSAM_FN void store(double* p, double x) {
-  *p = x;
+
+// The key for elements whose positions share their high bits with `position`.
+FSAM_FN uint32_t rounding_key_of(uint32_t key, int64_t position) {
+  return key + uint32_t(uint64_t(position) >> 32) * 0x9e3779b9u;
 }
-FSAM_FN void store(bfloat16* p, float x) {
-  p->bits = uint16_t(narrow_bfloat16(x));
+
+template <class V, class U>
+FSAM_FN auto narrow_bfloat16_stochastically(V x, U random) {
+  const auto bits = bits_of(x);
+  const auto cut = (bits + (random & 0xffffu)) >> 16;
+  return choose((bits & 0x7f800000u) == 0x7f800000u, narrow_bfloat16(x), cut);
 }
-FSAM_FN void store(half* p, float x) {
-  p->bits = uint16_t(narrow_half(x));
+
+template <class V, class U>
+FSAM_FN auto narrow_half_stochastically(V x, U random) {
+  const auto bits = bits_of(x);
+  const auto sign = (bits >> 16) & 0x8000u;
+  const auto magnitude = bits & 0x7fffffffu;
+  const auto normal = (magnitude - (112u << 23) + (random & 0x1fffu)) >> 13;
+  // Below 2^-14 the unit is 2^-24: what is cut off of a multiple of it, plus a fraction below one.
+  const auto small = choose(magnitude < 0x38800000u, magnitude, magnitude * 0u);
+  const auto subnormal = integer(float_of(small) * 0x1p24f + number(random & 0x1fffu) * 0x1p-13f);
+  const auto finite = choose(magnitude < 0x38800000u, subnormal, normal);
+  return choose(magnitude >= 0x477fe000u, narrow_half(x), sign | finite);  // 65504 and above, inf and nan
+}
+
+// ---- Averages of eight bits
+// --------------------------------------------------------------------------------------------
+
+// NOTE [int8 averages]
+// 128 consecutive elements of a row share one scale: their largest magnitude over 127, rounded up to 17 significant
+// bits. An element is then off by at most half a scale; and as 127 times such a scale is exact in a float, what was
+// read back and is stored again gives the same integers and the same scale. A block that has seen no gradient has a
+// scale of NaN, so every element reads as unset: NOTE [an unset state is NaN]. Magnitudes below 2^-100 count as zero,
+// or the inverse of their scale would overflow.
+constexpr int64_t kQuantized = 128;
+
+FSAM_FN float quantization_scale(float largest) {
+  return largest >= 0x1p-100f ? float_of((bits_of(largest / 127.0f) + 0x7fu) & ~0x7fu) : 0.0f;
+}
+FSAM_FN float inverse_quantization_scale(float scale) {
+  return scale > 0 ? 1.0f / scale : 0.0f;
+}
+
+// The nearest integer (to even) of x times the inverse scale, in the low eight bits: adding 1.5 * 2^23 leaves a float
+// whose last bit counts ones.
+template <class V>
+FSAM_FN auto quantized(V x, float inverse_scale) {
+  return bits_of(x * inverse_scale + 12582912.0f) & 0xffu;
 }
 
 }  // namespace fsam

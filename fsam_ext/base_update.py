@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import ops
-from .segments import Segment
+from .segments import Guards, Segment
 
 
 def number_or_tensor(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
@@ -26,6 +26,10 @@ def number_or_tensor(value: float | Tensor, device: torch.device) -> tuple[float
             return 0.0, value
         return float(value), None
     return value, None
+
+
+# State of F-SAM itself, which no base optimizer knows.
+OWN_STATE = ("ema", "ema_scale")
 
 
 class FusedBase(ABC):
@@ -40,11 +44,12 @@ class FusedBase(ABC):
         self,
         segment: Segment,
         grads: Sequence[Tensor],
-        backup: Tensor | None,
-        stats: Tensor,
+        saved: Tensor | None,
+        guards: Guards,
         group: dict[str, Any],
+        rounding: Tensor | None,
     ) -> None:
-        """Restores a segment from ``backup`` (where there is one) and updates it, unless ``stats`` is not finite."""
+        """Restores a segment from ``saved`` (where there is one) and updates it, unless ``guards`` say otherwise."""
 
 
 class FusedSGD(FusedBase):
@@ -58,9 +63,10 @@ class FusedSGD(FusedBase):
         self,
         segment: Segment,
         grads: Sequence[Tensor],
-        backup: Tensor | None,
-        stats: Tensor,
+        saved: Tensor | None,
+        guards: Guards,
         group: dict[str, Any],
+        rounding: Tensor | None,
     ) -> None:
         """One call of :func:`fsam_ext.ops.restore_sgd`."""
         lr, lr_tensor = number_or_tensor(group["lr"], segment.flat.device)
@@ -69,11 +75,9 @@ class FusedSGD(FusedBase):
             segment.rows,
             grads,
             segment.offsets,
-            backup,
+            saved,
             segment.flat.buffers["momentum_buffer"] if group["momentum"] != 0 else None,
-            stats,
-            None,
-            None,
+            *guards,
             lr,
             lr_tensor,
             group["momentum"],
@@ -81,6 +85,7 @@ class FusedSGD(FusedBase):
             group["weight_decay"],
             group["nesterov"],
             group["maximize"],
+            rounding,
         )
 
 
@@ -98,27 +103,26 @@ class FusedAdam(FusedBase):
         self,
         segment: Segment,
         grads: Sequence[Tensor],
-        backup: Tensor | None,
-        stats: Tensor,
+        saved: Tensor | None,
+        guards: Guards,
         group: dict[str, Any],
+        rounding: Tensor | None,
     ) -> None:
         """One call of :func:`fsam_ext.ops.restore_adam`."""
         lr, lr_tensor = number_or_tensor(group["lr"], segment.flat.device)
         beta1, beta2 = group["betas"]
-        steps = segment.advance_steps(stats)
+        steps = segment.advance_steps(guards)
         try:
             ops.restore_adam(
                 segment.backend,
                 segment.rows,
                 grads,
                 segment.offsets,
-                backup,
+                saved,
                 segment.flat.buffers["exp_avg"],
                 segment.flat.buffers["exp_avg_sq"],
                 steps,
-                stats,
-                None,
-                None,
+                *guards,
                 lr,
                 lr_tensor,
                 float(beta1),
@@ -127,9 +131,10 @@ class FusedAdam(FusedBase):
                 group["weight_decay"],
                 group.get("decoupled_weight_decay", self.decoupled),
                 group["maximize"],
+                rounding,
             )
         except RuntimeError:  # refused before it wrote anything: then nothing is counted either
-            segment.advance_steps(stats, by=-1)
+            segment.advance_steps(guards, by=-1)
             raise
 
 
@@ -142,12 +147,12 @@ class GenericBase:
     @contextmanager
     def _own_state_only(self, state: dict[Tensor, dict[str, Any]]):
         """Hides the EMA: optimizers take a parameter with an empty state for one they have not met."""
-        hidden = {param: entry.pop("ema") for param, entry in state.items() if "ema" in entry}
+        hidden = [(entry, name, entry.pop(name)) for entry in state.values() for name in OWN_STATE if name in entry]
         try:
             yield
         finally:
-            for param, ema in hidden.items():
-                state[param]["ema"] = ema
+            for entry, name, value in hidden:
+                entry[name] = value
 
     def step(self, state: dict[Tensor, dict[str, Any]], param_groups: list[dict[str, Any]]) -> None:
         """Runs the base's step without its hooks: ours have fired already."""

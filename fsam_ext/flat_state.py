@@ -6,7 +6,7 @@ are views that checkpoints and users read as ever.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import _library
 from .distributed import Sharding, like, local
-from .ops import compute_dtype
+from .ops import QUANTIZED, compute_dtype
+from .quantization import count_blocks
 
 # Each slice starts on a line of 128 bytes: what a GPU fetches at once, and two lines of a CPU.
 ALIGNMENT_BYTES = 128
@@ -23,6 +24,8 @@ ALIGNMENT_BYTES = 128
 # csrc/formulas.h. The paper's form of the EMA starts at zero instead.
 FILL = {
     "ema": float("nan"),
+    "ema_scale": float("nan"),
+    "master": 0.0,
     "momentum_buffer": float("nan"),
     "exp_avg": 0.0,
     "exp_avg_sq": 0.0,
@@ -51,23 +54,48 @@ def empty_flat(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class FlatState:
-    """The layout of the parameters of one dtype on one device, and the flat buffers that follow it.
+    """The layout of some parameters of one dtype on one device, and the flat buffers that follow it.
 
     Of sharded parameters, which have ``sharding`` in common, it holds this rank's shards.
 
     ``generation`` changes whenever a buffer may have moved, so that views of it have to be taken anew.
+
+    Args:
+        ema_dtype: what stores the average: float32 (float64 for float64), bfloat16 or int8.
+        masters: keep float32 master weights, of which the parameters are the rounded copies.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, sharding: Sharding | None = None) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        ema_dtype: torch.dtype,
+        masters: bool,
+        sharding: Sharding | None = None,
+    ) -> None:
         self.dtype = dtype
         self.device = device
         self.sharding = sharding
+        self.state_dtype = compute_dtype(dtype)
+        self.masters = masters
+        self.dtypes = {"step": torch.float32, "backup": dtype, "ema": ema_dtype}
+        self.unit = max(ALIGNMENT_BYTES // dtype.itemsize, QUANTIZED if self.quantized else 0)
         self.offset: dict[Tensor, int] = {}
         self.index: dict[Tensor, int] = {}
         self.numel = 0
         self.buffers: dict[str, Tensor] = {}
-        self.partials = torch.empty(0, dtype=compute_dtype(dtype), device=device)
+        self.partials = torch.empty(0, dtype=self.state_dtype, device=device)
         self.generation = 0
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the average is int8, with a scale for each block."""
+        return self.dtypes["ema"] == torch.int8
+
+    @property
+    def saved(self) -> str:
+        """The buffer that the weights are restored from."""
+        return "master" if self.masters else "backup"
 
     def add(self, params: Iterable[Tensor]) -> None:
         """Gives each parameter that has none a slice at the end of the layout."""
@@ -75,15 +103,21 @@ class FlatState:
             if param not in self.offset:
                 self.index[param] = len(self.index)
                 self.offset[param] = self.numel
-                self.numel += aligned_numel(local(param).numel(), self.dtype)
+                self.numel += -(-local(param).numel() // self.unit) * self.unit
+
+    def _size(self, name: str) -> int:
+        if name == "step":
+            return len(self.index)
+        return count_blocks(self.numel) if name == "ema_scale" else self.numel
 
     def buffer(self, name: str) -> Tensor:
         """The flat buffer of a state, made or grown to the present layout where needed."""
-        size = len(self.index) if name == "step" else self.numel
+        size = self._size(name)
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            dtype = {"step": torch.float32, "backup": self.dtype}.get(name, compute_dtype(self.dtype))
-            grown = empty_flat(size, dtype, self.device).fill_(FILL[name])
+            dtype = self.dtypes.get(name, self.state_dtype)
+            fill = FILL[name] if dtype.is_floating_point else 0
+            grown = empty_flat(size, dtype, self.device).fill_(fill)
             if buffer is not None:
                 grown[: buffer.numel()].copy_(buffer)
                 self.generation += 1
@@ -94,23 +128,29 @@ class FlatState:
         """The part of a flat buffer that belongs to a parameter, or to this rank's shard of it."""
         if name == "step":
             return self.buffers[name][self.index[param]]
-        return memory_view(self.buffers[name], self.offset[param], local(param))
+        offset = self.offset[param]
+        if name == "ema_scale":
+            first = offset // QUANTIZED
+            return self.buffers[name][first : first + count_blocks(param.numel())]
+        return memory_view(self.buffers[name], offset, local(param))
 
     def publish(
         self,
         name: str,
         params: Iterable[Tensor],
         state: dict[Tensor, dict[str, Any]],
-        start: float | None = None,
+        start: Callable[[Tensor], float | Tensor] | None = None,
     ) -> None:
         """Makes ``state[p][name]`` a view of the flat buffer, taking over the value that it had.
 
-        Where it had none it gets ``start``, or what the buffer was filled with.
+        Where it had none it gets ``start(p)``, or what the buffer was filled with.
         """
         self.buffer(name)
         for param in params:
             view = self.view(name, param)
             value = state[param].get(name)
+            if value is None and start is not None:
+                value = start(param)
             if isinstance(value, Tensor):
                 value = local(value)
                 if value.data_ptr() == view.data_ptr() and value.dtype == view.dtype:
@@ -118,6 +158,4 @@ class FlatState:
                 view.copy_(value)
             elif value is not None:  # torch.optim once kept `step` as a number
                 view.fill_(value)
-            elif start is not None:
-                view.fill_(start)
-            state[param][name] = view if name == "step" else like(param, view)
+            state[param][name] = view if name in ("step", "ema_scale") else like(param, view)

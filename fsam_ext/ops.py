@@ -1,12 +1,17 @@
-"""The five ops that every backend implements: typed wrappers, their documentation, and their fake kernels.
+"""The six ops that every backend implements: typed wrappers, their documentation, and their fake kernels.
 
 ``backend`` is what :func:`fsam_ext.backends.resolve` returns. ``params`` and ``grads`` are lists of tensors, one a row:
 of one dtype (float64, float32, bfloat16, float16), on one device, dense in memory, gradients shaped like their
 parameters. Optimizer state comes as flat buffers in which row ``i`` owns the elements ``offsets[i]`` to
 ``offsets[i] + params[i].numel()``, in the order in which the parameter's elements lie in memory. ``offsets`` is an
-int64 tensor on the CPU. The state's dtype is float32, and float64 for float64 parameters; a backup has the dtype of
-the parameters. ``stats`` is a float64 tensor of five elements, ``partials`` scratch in the dtype of the state with five
-elements for each chunk (:func:`count_chunks`). Small tensors live on the device of the parameters.
+int64 tensor on the CPU. The state's dtype is float32, and float64 for float64 parameters.
+
+``ema`` may also be bfloat16, or int8 with ``ema_scale``: float32, one for each 128 elements of the flat buffer; offsets
+are multiples of 128 then (float64 parameters: neither). ``backup`` has the dtype of 16-bit parameters and is a copy
+of them, or it is float32 and holds their master weights, of which the parameters are the rounded copies.
+
+``stats`` is a float64 tensor of five elements, ``partials`` scratch in the dtype of the state with five elements for
+each chunk (:func:`count_chunks`). Small tensors live on the device of the parameters.
 
 All ops raise RuntimeError, before they write anything, for arguments that do not fit this description.
 """
@@ -24,7 +29,12 @@ from . import _library
 # The unit of the norm's partial sums; csrc/tensor_table.h has the same number and the reason for it.
 CHUNK = 4096
 STATISTICS = 5
-NAMES = ("noise_norm", "perturb", "restore", "restore_sgd", "restore_adam")
+# The unit of an int8 average's scales, and what pass B counts of a perturbation's effect in each chunk.
+QUANTIZED = 128
+EFFECT = 3
+NAMES = ("noise_norm", "perturb", "update_ema", "restore", "restore_sgd", "restore_adam")
+# What the ops are told of the dtype that the forward pass sees weights in.
+FORWARD = {None: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def count_chunks(numels: Iterable[int]) -> int:
@@ -43,6 +53,7 @@ def noise_norm(
     grads: Sequence[Tensor],
     offsets: Tensor,
     ema: Tensor | None,
+    ema_scale: Tensor | None,
     grad_scale: Tensor | None,
     sigma: float,
     lmbda: float,
@@ -61,6 +72,7 @@ def noise_norm(
         grads,
         offsets,
         ema,
+        ema_scale,
         grad_scale,
         sigma,
         lmbda,
@@ -77,6 +89,7 @@ def perturb(
     grads: Sequence[Tensor],
     offsets: Tensor,
     ema: Tensor | None,
+    ema_scale: Tensor | None,
     backup: Tensor,
     stats: Tensor,
     grad_scale: Tensor | None,
@@ -87,18 +100,26 @@ def perturb(
     eps: float,
     adaptive: bool,
     ema_updated: bool,
+    feeds: bool,
+    forward: int,
+    effect: Tensor | None,
 ) -> None:
-    """Pass B: backup = w; m = lmbda m + (1 - lmbda) g; w = w + rho d / (sqrt(stats[0]) + eps).
+    """Pass B: backup = w; m = lmbda m + (1 - lmbda) g where ``feeds``; w = w + rho d / (sqrt(stats[0]) + eps).
 
     Adaptive: w = w + rho |w|^2 d / (...). Where ``stats[0]`` is not finite only the backup is written. Where it is zero
     the step length is zero. An element of m that is NaN has seen no gradient yet: it counts as 0 in d and becomes g.
-    ``rho_tensor`` replaces ``rho`` where it is given.
+    ``rho_tensor`` replaces ``rho`` where it is given. Masters are read in the place of w and not written.
+
+    ``effect`` (in the dtype of the state, 3 elements for each chunk) gets sum e^2, sum e i and sum i^2 of the intended
+    perturbation i and of the one that rounding leaves of it: e = R(w after) - R(w before), with R the rounding to the
+    dtype of the parameters and then to ``forward`` (a value of ``FORWARD``). Zeros where nothing was perturbed.
     """
     backend.perturb(
         params,
         grads,
         offsets,
         ema,
+        ema_scale,
         backup,
         stats,
         grad_scale,
@@ -109,11 +130,34 @@ def perturb(
         eps,
         adaptive,
         ema_updated,
+        feeds,
+        forward,
+        effect,
     )
 
 
+def update_ema(
+    backend: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    offsets: Tensor,
+    ema: Tensor,
+    ema_scale: Tensor | None,
+    stats: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    lmbda: float,
+) -> None:
+    """The average without an ascent: m = lmbda m + (1 - lmbda) g, and m = g where m is NaN.
+
+    Elements whose gradient is not finite keep their value; all do where ``stats[0]`` is not finite or ``found_inf`` is
+    not zero.
+    """
+    backend.update_ema(params, grads, offsets, ema, ema_scale, stats, grad_scale, found_inf, lmbda)
+
+
 def restore(backend: Any, params: Sequence[Tensor], offsets: Tensor, backup: Tensor) -> None:
-    """Pass C without a base: w = backup, bit for bit."""
+    """Pass C without a base: w = backup, bit for bit; or w = the rounded masters."""
     backend.restore(params, offsets, backup)
 
 
@@ -134,11 +178,14 @@ def restore_sgd(
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
+    rounding: Tensor | None,
 ) -> None:
     """Pass C with ``torch.optim.SGD``: w = sgd(backup, g), or sgd(w, g) where there is no backup.
 
     Only restores where ``stats[0]`` is not finite or ``found_inf`` is not zero. An element of the momentum buffer that
-    is NaN has seen no gradient yet and becomes g. ``lr_tensor`` replaces ``lr`` where it is given.
+    is NaN has seen no gradient yet and becomes g. ``lr_tensor`` replaces ``lr`` where it is given. With masters the
+    update starts from them, and both they and w are written. ``rounding`` (int64, [seed, number of the step]) has
+    16-bit parameters without masters rounded stochastically: csrc/storage.h, NOTE [stochastic rounding].
     """
     backend.restore_sgd(
         params,
@@ -156,6 +203,7 @@ def restore_sgd(
         weight_decay,
         nesterov,
         maximize,
+        rounding,
     )
 
 
@@ -179,6 +227,7 @@ def restore_adam(
     weight_decay: float,
     decoupled: bool,
     maximize: bool,
+    rounding: Tensor | None,
 ) -> None:
     """Pass C with ``torch.optim.Adam``, or ``AdamW`` where ``decoupled``; otherwise like :func:`restore_sgd`.
 
@@ -203,6 +252,7 @@ def restore_adam(
         weight_decay,
         decoupled,
         maximize,
+        rounding,
     )
 
 

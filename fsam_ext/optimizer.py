@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Optimizer
 
-from . import backends, checkpoints, distributed, ops, options
+from . import amp, backends, checkpoints, distributed, ops, options
+from .accumulation import BackwardCount, as_list, evaluate
 from .base_update import GenericBase, base_defaults, fused_base, is_fused, number_or_tensor
-from .distributed import sharding
+from .diagnostics import EffectWatch, effective_norm_and_cosine, total_effect
 from .flat_state import FlatState
 from .flatten import REGISTRY, FlatParameters
-from .options import check_gradient, check_options, check_parameter, uses_ema
-from .segments import Segment, same_objects
+from .options import LOW_PRECISION, STEP, check_gradient, check_options, check_parameter, uses_ema
+from .schedule import Boundary, Schedule
+from .segments import Guards, Segment, same_objects
 
 
 class State(Enum):
@@ -65,7 +68,10 @@ class FriendlySAM(Optimizer):
     leaves weights and all state as they were. ``stats()["found_inf"]`` tells.
 
     Parameters and gradients may be float64, float32, bfloat16 or float16; all arithmetic is float32 (float64 for
-    float64), and so is the state. Nothing in a step waits for the device.
+    float64), and so is the state unless an option says otherwise. Nothing in a step waits for the device.
+
+    With ``every``, ``start`` or ``end`` only some steps make an ascent (``ascends`` tells); the others are plain steps
+    of the base optimizer, by ``step(closure)``, or by ``step()`` after one backward.
 
     Args:
         params: parameters, named parameters or param groups, as for every torch optimizer.
@@ -80,6 +86,20 @@ class FriendlySAM(Optimizer):
             code). "updated": d uses the average that includes g, and the average starts at 0 (Algorithm 1).
         perturb_eps: added to the norm.
         backend: name of the backend that has to serve; None takes the best one for each device.
+        every, start, end: ascend in every ``every``-th step only, from step ``start`` on and before step ``end``,
+            counted from 0; ``start`` and ``end`` may be functions of the step's number that tell whether they are
+            reached. The average sees a gradient in every step.
+        master_weights: keep float32 copies of bfloat16 and float16 parameters, which the base optimizer updates and of
+            which the parameters are the rounded values. There is no backup then. SGD, Adam and AdamW only.
+        stochastic_rounding: without masters, round the base optimizer's update of 16-bit parameters up or down at
+            random, so that small updates count in the mean. SGD, Adam and AdamW only.
+        rounding_seed: of those random numbers, which depend on it, on the number of the step and on the element.
+        ema_dtype: what stores the average: torch.float32, torch.bfloat16 (for lmbda up to .99), or torch.int8 with a
+            scale for each 128 elements (for lmbda up to .999). None: the dtype of the arithmetic.
+        ema_source: "ascent": the average is of first gradients. "descent": of second ones; with data-parallel training
+            whose first pass is local, these are the same on all ranks. Costs a pass over gradients and average.
+        forward_dtype: the 16-bit dtype that forward passes see float32 parameters in (autocast, mixed-precision
+            policies); only for ``stats()`` and its warning.
         capturable: promise that every option that changes is a tensor on the device, so that a CUDA graph may hold
             the step; handed to the base optimizer too where it knows the option.
         **base_kwargs: the options of the base optimizer. All options, these included, are param-group keys. ``eps``
@@ -101,6 +121,15 @@ class FriendlySAM(Optimizer):
         *,
         ema: str = "previous",
         perturb_eps: float = 1e-12,
+        every: int = 1,
+        start: Boundary = None,
+        end: Boundary = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
+        ema_dtype: torch.dtype | None = None,
+        ema_source: str = "ascent",
+        forward_dtype: torch.dtype | None = None,
         backend: str | None = None,
         capturable: bool = False,
         **base_kwargs: Any,
@@ -118,10 +147,20 @@ class FriendlySAM(Optimizer):
         self.base_optimizer = base_optimizer
         self.backend = backend
         self.capturable = capturable
+        self.rounding_seed = rounding_seed
+        self.schedule = Schedule(every, start, end)
         self._generic: GenericBase | None = None
         self._start()
-        ours = dict(zip(options.NAMES, (rho, sigma, lmbda, adaptive, ema, perturb_eps), strict=True))
-        super().__init__(params, {**base, **ours})
+        f_sam = {
+            "rho": rho,
+            "sigma": sigma,
+            "lmbda": lmbda,
+            "adaptive": adaptive,
+            "ema": ema,
+            "perturb_eps": perturb_eps,
+        }
+        layout = (ema_dtype, master_weights, stochastic_rounding, forward_dtype, ema_source)
+        super().__init__(params, {**base, **f_sam, **dict(zip(options.LAYOUT, layout, strict=True)), STEP: 0})
         self._make_base(base_kwargs)
 
     # ---- Construction and options ----------------------------------------------------------------------------------
@@ -131,16 +170,23 @@ class FriendlySAM(Optimizer):
         self._stage = State.CLEAN
         self._flats: dict[tuple[Any, ...], FlatState] = {}
         self._meshes: dict[int, tuple[list[Tensor], dict[Any, torch.device]]] = {}
-        self._segments: dict[int, tuple[list[Segment], tuple[str, ...]]] = {}
+        self._rounding: dict[torch.device, Tensor] = {}
+        self._segments: dict[int, tuple[list[Segment], tuple[Any, ...]]] = {}
         self._record: list[Segment] = []
         self._totals: dict[torch.device, Tensor] = {}
         self._stats: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
+        self._effects: list[Tensor] = []
+        self._grad_scaler: Any = None
+        self._ascent_scale: dict[torch.device, Tensor | None] = {}
+        self._effect_watch = EffectWatch()
+        self.__dict__.setdefault("_backward_count", BackwardCount())  # keeps its hook
 
     def _make_base(self, base_kwargs: dict[str, Any]) -> None:
         fused = [is_fused(self.base_optimizer, group) for group in self.param_groups]
         self._fused = fused_base(self.base_optimizer) if all(fused) else None
         if self._fused is None:
-            groups = [{k: v for k, v in g.items() if k not in options.NAMES} for g in self.param_groups]
+            own = (*options.NAMES, STEP)
+            groups = [{k: v for k, v in g.items() if k not in own} for g in self.param_groups]
             self._generic = GenericBase(self.base_optimizer(groups, **base_kwargs))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -163,6 +209,8 @@ class FriendlySAM(Optimizer):
                     f"group {count} asks {self.base_optimizer.__name__} for amsgrad or differentiable, which the other "
                     "groups do not; give the option to the constructor instead"
                 )
+            options.check_group_dtypes(group, fused, self.base_optimizer.__name__, self._describe)
+            group[STEP] = self.param_groups[0][STEP]
         except (TypeError, ValueError):
             del self.param_groups[count:]
             raise
@@ -179,35 +227,48 @@ class FriendlySAM(Optimizer):
 
     # ---- Segments --------------------------------------------------------------------------------------------------
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        ema = ("ema",) if uses_ema(group) else ()
-        return ema + (self._fused.state_names(group) if self._fused else ())
+    def _kind(self, group: dict[str, Any], param: Tensor) -> tuple[Any, ...]:
+        """What parameters that share flat buffers have in common."""
+        dtype = param.dtype
+        shards = None if type(param) is Parameter else distributed.sharding(param)
+        return (dtype, param.device, options.ema_dtype(group, dtype), options.has_masters(group, dtype), shards)
+
+    def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The options that decide which state a group has and how it is kept."""
+        base = self._fused.state_names(group) if self._fused else ()
+        return uses_ema(group), base, *(group[name] for name in options.LAYOUT)
+
+    def _state_names(self, group: dict[str, Any], flat: FlatState) -> tuple[str, ...]:
+        ema = () if not uses_ema(group) else ("ema", "ema_scale") if flat.quantized else ("ema",)
+        return ema + (("master",) if flat.masters else ()) + (self._fused.state_names(group) if self._fused else ())
 
     def _make_segments(self, group: dict[str, Any], params: list[Tensor]) -> list[Segment]:
         """Cuts parameters of one group by dtype and device, and gives each one its state."""
+        zero = (lambda param: 0.0) if group["ema"] == "updated" else None
+        starts = {"ema": zero, "ema_scale": zero, "master": lambda param: param}
         segments = []
-        for flat, members in self._by_kind(params).items():
+        for flat, members in self._by_kind(group, params).items():
             for param in members:
                 check_parameter(param, self._describe)
                 check_gradient(param, self._describe)
             flat.add(members)
-            for name in self._state_names(group):
-                start = 0.0 if name == "ema" and group["ema"] == "updated" else None
-                flat.publish(name, members, self.state, start)
-            flat.buffer("backup")
-            backend = backends.resolve(self.backend, flat.device)
-            segments.append(Segment(backend, flat, members))
+            for name in self._state_names(group, flat):
+                flat.publish(name, members, self.state, starts.get(name))
+            flat.buffer(flat.saved)
+            segment = Segment(backends.resolve(self.backend, flat.device), flat, members)
+            if flat.dtype in LOW_PRECISION or group["forward_dtype"] is not None:
+                segment.measure_effect()
+            segments.append(segment)
         return segments
 
-    def _by_kind(self, params: Sequence[Tensor]) -> dict[FlatState, list[Tensor]]:
-        kinds: dict[tuple[Any, ...], list[Tensor]] = {}
+    def _by_kind(self, group: dict[str, Any], params: Sequence[Tensor]) -> dict[FlatState, list[Tensor]]:
+        kinds: dict[FlatState, list[Tensor]] = {}
         for param in params:
-            key = (param.dtype, param.device, None if type(param) is Parameter else sharding(param))
-            kinds.setdefault(key, []).append(param)
-        for key in kinds:
+            key = self._kind(group, param)
             if key not in self._flats:
                 self._flats[key] = FlatState(*key)
-        return {self._flats[key]: members for key, members in kinds.items()}
+            kinds.setdefault(self._flats[key], []).append(param)
+        return kinds
 
     def _participants(self) -> list[Participant]:
         """Every parameter that has a gradient now, in segments. They are made anew only where something changed.
@@ -218,15 +279,15 @@ class FriendlySAM(Optimizer):
         """
         result = []
         for number, group in enumerate(self.param_groups):
-            names = self._state_names(group)
-            segments, known_names = self._segments.get(number, ([], ()))
-            grads = self._current_grads(segments, group["params"]) if names == known_names else None
+            structure = self._structure(group)
+            segments, known = self._segments.get(number, ([], ()))
+            grads = self._current_grads(group, segments) if structure == known else None
             if grads is None:
                 params = [param for param in group["params"] if param.grad is not None]
                 for param in group["params"]:
                     distributed.check_not_replaced(param, self._describe)
                 segments = self._make_segments(group, params)
-                self._segments[number] = (segments, names)
+                self._segments[number] = (segments, structure)
                 grads = [segment.current_grads(segment.params) for segment in segments]
             result.extend(Participant(group, *pair) for pair in zip(segments, grads, strict=True))
         if any(one.grads is None or one.segment.generation != one.segment.flat.generation for one in result):
@@ -251,12 +312,13 @@ class FriendlySAM(Optimizer):
                 found.setdefault(mesh, device)
         return found
 
-    def _current_grads(self, segments: list[Segment], params: list[Tensor]) -> list[Sequence[Tensor]] | None:
-        """The gradients of each segment, or None where the segments are not those of ``params``."""
+    def _current_grads(self, group: dict[str, Any], segments: list[Segment]) -> list[Sequence[Tensor]] | None:
+        """The gradients of each segment, or None where the segments are not those of the group."""
+        params = group["params"]
         if len(segments) == 1:
             grads = [segments[0].current_grads(params)]
         else:
-            kinds = self._by_kind([param for param in params if param.grad is not None])
+            kinds = self._by_kind(group, [param for param in params if param.grad is not None])
             if [segment.flat for segment in segments] != list(kinds):
                 return None
             grads = [segment.current_grads(kinds[segment.flat]) for segment in segments]
@@ -271,17 +333,30 @@ class FriendlySAM(Optimizer):
                 check_gradient(param, self._describe)
             raise
 
+    # GradScaler.step then leaves unscaling and skipping to step(): see fsam_ext/amp.py.
+    _step_supports_amp_scaling = True
+
     # ---- The two passes --------------------------------------------------------------------------------------------
 
+    @property
+    def ascends(self) -> bool:
+        """Whether the present step makes an ascent, or is a plain step of the base optimizer."""
+        return self.schedule.ascends(self.param_groups[0][STEP])
+
     @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(self, zero_grad: bool = False, grad_scaler: Any = None) -> None:
         """Perturbs the weights along the noise of the present gradients, and updates the average.
 
         Args:
             zero_grad: clear the gradients afterwards.
+            grad_scaler: the torch.amp.GradScaler that scaled the loss. The gradients are unscaled as they are read
+                (unless ``grad_scaler.unscale_(optimizer)`` did it, to clip); finish the step with
+                ``grad_scaler.step(optimizer)``.
 
         Raises:
-            RuntimeError: the weights are perturbed already, or a gradient cannot be used. Nothing has changed then.
+            RuntimeError: the weights are perturbed already, the schedule has no ascent in this step, or a gradient
+                cannot be used. Nothing has changed then.
+            TypeError, ValueError: an option or the scaler cannot be used.
         """
         if self._stage is not State.CLEAN:
             raise RuntimeError(
@@ -290,9 +365,20 @@ class FriendlySAM(Optimizer):
                 if self._stage is State.PERTURBED
                 else "first_step was called after `with perturbed():`; call step() to finish the step, or restore()"
             )
+        if not self.ascends:
+            raise RuntimeError(
+                f"first_step was called in a step without an ascent ({self._describe_schedule()}); call step() after "
+                "one backward, and first_step() only where optimizer.ascends is true"
+            )
         for group in self.param_groups:
             check_options(group)
         participants = self._participants()
+        self._ascent_scale = {}
+        if grad_scaler is not None:
+            devices = {one.segment.flat.device for one in participants}
+            self._ascent_scale = {device: amp.ascent_scale(grad_scaler, self, device) for device in devices}
+        for one in participants:
+            one.segment.adopt_changes()
         self._measure_noise(participants)
         self._stage = State.PERTURBED
         self._record = []
@@ -304,8 +390,27 @@ class FriendlySAM(Optimizer):
         except BaseException:
             self.restore()
             raise
+        self._after_ascent(grad_scaler)
         if zero_grad:
             self.zero_grad()
+
+    def _describe_schedule(self) -> str:
+        return self.schedule.describe(self.param_groups[0][STEP])
+
+    def _after_ascent(self, grad_scaler: Any) -> None:
+        """What is noted of an ascent, for the second pass and for whoever asks."""
+        if grad_scaler is not None:
+            self._grad_scaler = grad_scaler
+            amp.forget_unscaling(grad_scaler, self)
+        self._effects = [segment.effect for segment in self._record if segment.effect is not None]
+        self._effect_watch.look(self._effects, self._forward_dtypes)
+        if self._record:
+            self._backward_count.ascended(self._record[0].params[0])
+
+    def _forward_dtypes(self) -> str:
+        """What forward passes see rounded weights in, for messages."""
+        dtypes = {group["forward_dtype"] or param.dtype for group in self.param_groups for param in group["params"]}
+        return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes & {*LOW_PRECISION}))
 
     def _perturb(self, group: dict[str, Any], segment: Segment, grads: Sequence[Tensor]) -> None:
         """Pass B on one segment."""
@@ -316,10 +421,10 @@ class FriendlySAM(Optimizer):
             segment.rows,
             grads,
             segment.offsets,
-            flat.buffers["ema"] if uses_ema(group) else None,
-            flat.buffers["backup"],
+            *self._average(group, flat),
+            flat.buffers[flat.saved],
             self._totals[flat.device],
-            None,
+            self._ascent_scale.get(flat.device),
             rho,
             rho_tensor,
             group["sigma"],
@@ -327,8 +432,16 @@ class FriendlySAM(Optimizer):
             group["perturb_eps"],
             group["adaptive"],
             group["ema"] == "updated",
+            group["ema_source"] == "ascent",
+            ops.FORWARD[group["forward_dtype"]],
+            segment.effect,
         )
-        segment.mark_written()
+        segment.written()
+
+    @staticmethod
+    def _average(group: dict[str, Any], flat: FlatState) -> tuple[Tensor | None, Tensor | None]:
+        """The average of a group, and its scales where it is quantized."""
+        return (flat.buffers["ema"], flat.buffers.get("ema_scale")) if uses_ema(group) else (None, None)
 
     def _measure_noise(self, participants: list[Participant]) -> None:
         """Pass A over all segments; leaves the sums over all of them, on all ranks, on every device."""
@@ -351,8 +464,8 @@ class FriendlySAM(Optimizer):
                     segment.rows,
                     grads,
                     segment.offsets,
-                    segment.flat.buffers["ema"] if uses_ema(group) else None,
-                    None,
+                    *self._average(group, segment.flat),
+                    self._ascent_scale.get(device),
                     group["sigma"],
                     group["lmbda"],
                     group["adaptive"],
@@ -388,45 +501,52 @@ class FriendlySAM(Optimizer):
             self.zero_grad()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[..., Any] | None = None, *, accumulate: Iterable[Any] | None = None) -> Any:
         """Makes or finishes one training step.
 
         Args:
             closure: computes the loss, calls backward and returns the loss. Without perturbed weights it is called
-                twice; after first_step() it is called once, for the second pass. Gradients are cleared before each
-                call. If it raises, the weights are restored and the exception goes on.
+                twice (once where the schedule has no ascent); after first_step() it is called once, for the second
+                pass. Gradients are cleared before each pass. If it raises, the weights are restored and the
+                exception goes on.
+            accumulate: micro-batches. The closure is then called as ``closure(batch)`` for each of them in both passes,
+                and should divide its loss by their number; the losses are summed.
 
         Returns:
             The closure's first loss: the one at the unperturbed weights (after first_step(): the perturbed one).
 
         Raises:
             RuntimeError: there is no closure and no first step was made, which other optimizers would take for a plain
-                step; or a closure was given after ``with perturbed():``.
+                step; a closure was given after ``with perturbed():``, or through ``GradScaler.step``; or a scaler was
+                used in one of the two passes only.
+            TypeError, ValueError: ``accumulate`` without a closure, or empty.
         """
+        scaled = hasattr(self, "found_inf")  # GradScaler.step sets it for the time of the call
         loss = None
         if closure is None:
+            if accumulate is not None:
+                raise TypeError("step(accumulate=...) needs a closure, which it calls with each micro-batch")
             if self._stage is State.CLEAN and checkpoints.asks_for_state(self.state, self.param_groups):
                 return self._make_state()
-            if self._stage is State.CLEAN:
+            if self._stage is State.CLEAN and self.ascends:
                 raise RuntimeError(
                     "step() was called without first_step and without a closure, which would be a plain step of the "
                     "base optimizer; call first_step() before the second backward, or pass a closure"
                 )
+            self._check_scaler(scaled)
         else:
             if self._stage is State.ASCENDED:
                 raise RuntimeError(
                     "step(closure) was called after `with perturbed():`, whose second gradient it would replace; call "
                     "step() without a closure"
                 )
-            evaluate = torch.enable_grad()(closure)
-            if self._stage is State.CLEAN:
-                self.zero_grad()
-                loss = evaluate()
-                self.first_step(zero_grad=True)
-                self._evaluate_perturbed(evaluate)
-            else:
-                self.zero_grad()
-                loss = self._evaluate_perturbed(evaluate)
+            if scaled or self._grad_scaler is not None:
+                raise RuntimeError(
+                    "step(closure) was called with a GradScaler, which does not see the closure's gradients; call "
+                    "first_step(grad_scaler=scaler), make the second backward, then scaler.step(optimizer)"
+                )
+            batches = None if accumulate is None else as_list(accumulate)
+            loss = self._evaluate(torch.enable_grad()(partial(evaluate, closure, batches)))
         self._finish()
         return loss
 
@@ -436,15 +556,42 @@ class FriendlySAM(Optimizer):
         if self._generic is not None:
             self._generic.step(self.state, self.param_groups)
 
-    def _evaluate_perturbed(self, evaluate: Callable[[], Any]) -> Any:
+    def _evaluate(self, evaluate_pass: Callable[[], Any]) -> Any:
+        """The passes of a closure: what is left of this step's two, or the one of a step without an ascent."""
+        first = self._stage is State.CLEAN
+        self.zero_grad()
         try:
-            return evaluate()
+            loss = evaluate_pass()
+            if first and self.ascends:
+                self.first_step(zero_grad=True)
+                evaluate_pass()
         except BaseException:
             self.restore()
             raise
+        return loss
+
+    def _check_scaler(self, scaled: bool) -> None:
+        """Raises where only one of the two gradients was scaled."""
+        if self._stage is State.CLEAN or scaled == (self._grad_scaler is not None):
+            return
+        raise RuntimeError(
+            "the second gradient came through scaler.step(optimizer) but the first did not: call "
+            "first_step(grad_scaler=scaler), or the average would be of scaled gradients"
+            if scaled
+            else "first_step(grad_scaler=scaler) was called, so the second gradient is scaled as well; finish the step "
+            "with scaler.step(optimizer)"
+        )
+
+    def _guards(self, device: torch.device) -> Guards:
+        """What the second gradient is scaled by, and what may have its update skipped."""
+        stats = None if self._stage is State.CLEAN else self._total(device)
+        scaler = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        # Where no parameter has a gradient, the scaler's sum over none is the number 0.
+        return Guards(stats, *(t.to(device, non_blocking=True) if isinstance(t, Tensor) else None for t in scaler))
 
     def _finish(self) -> None:
         """Pass C: the restore of what was perturbed, and the base update of what has a gradient now."""
+        plain = self._stage is State.CLEAN
         participants = self._participants()
         if len(participants) > 1:  # an op checks its own segment before it writes; nobody checks the later ones
             for participant in participants:
@@ -453,35 +600,83 @@ class FriendlySAM(Optimizer):
         in_one_pass = self._fused is not None and same_objects([one.segment for one in participants], self._record)
         if not in_one_pass:
             self._restore_recorded()
-        if self._fused is None:
-            self._step_generic()
-            for participant in participants:
-                participant.segment.mark_written()
+        for group, segment, grads in participants:
+            if plain:
+                segment.adopt_changes()
+            if uses_ema(group) and (plain or group["ema_source"] == "descent"):
+                self._checked(segment, self._feed, group, segment, grads)
+        if self._generic is not None:
+            self._step_generic(participants)
         else:
             for group, segment, grads in participants:
+                flat = segment.flat
                 self._checked(
                     segment,
                     self._fused.update,
                     segment,
                     grads,
-                    segment.flat.buffers["backup"] if in_one_pass else None,
-                    self._total(segment.flat.device),
+                    flat.buffers[flat.saved] if in_one_pass or flat.masters else None,
+                    self._guards(flat.device),
                     group,
+                    self._rounding_of(group, flat.device),
                 )
-                segment.mark_written()
+                segment.written()
+        self._conclude(plain)
+
+    def _conclude(self, plain: bool) -> None:
+        """The step is over."""
+        if self._grad_scaler is not None and self._totals:
+            amp.report_overflow(self._grad_scaler, self, next(iter(self._totals.values()))[0])
+        self._backward_count.finished()
+        for counter in self._rounding.values():
+            counter[1] += 1
+        for group in self.param_groups:
+            group[STEP] += 1
+        self._clean()
+
+    def _clean(self) -> None:
         self._record = []
+        self._grad_scaler = None
         self._stage = State.CLEAN
 
-    def _step_generic(self) -> None:
+    def _feed(self, group: dict[str, Any], segment: Segment, grads: Sequence[Tensor]) -> None:
+        """Lets the average see a gradient that no ascent shows it."""
+        ops.update_ema(
+            segment.backend,
+            segment.rows,
+            grads,
+            segment.offsets,
+            *self._average(group, segment.flat),
+            *self._guards(segment.flat.device),
+            group["lmbda"],
+        )
+
+    def _rounding_of(self, group: dict[str, Any], device: torch.device) -> Tensor | None:
+        """Seed and number of the step on a device, where a group is rounded stochastically."""
+        if not group["stochastic_rounding"]:
+            return None
+        if device not in self._rounding:
+            numbers = torch.tensor([self.rounding_seed, group[STEP]], dtype=torch.int64)
+            self._rounding[device] = numbers.to(device)
+        return self._rounding[device]
+
+    def _step_generic(self, participants: list[Participant]) -> None:
         """The step of a base that is not fused.
 
-        It cannot be predicated on the device, so this one path reads on the host whether the ascent was finite; not
+        It cannot be predicated on the device, so this one path reads on the host whether the gradients were finite; not
         with ``capturable``, where a host cannot read.
         """
         assert self._generic is not None
-        finite = self.capturable or all(bool(t[0].isfinite()) for t in self._totals.values())
-        if finite:
-            self._generic.step(self.state, self.param_groups)
+        for _, segment, _ in participants:
+            guards = self._guards(segment.flat.device)
+            if not self.capturable and not guards.applied(torch.ones(())):
+                return
+            if guards.grad_scale is not None:
+                for param in segment.params:
+                    param.grad.div_(guards.grad_scale)
+        self._generic.step(self.state, self.param_groups)
+        for _, segment, _ in participants:
+            segment.written()
 
     def _total(self, device: torch.device) -> Tensor:
         """The sums of pass A on a device; zeros where no gradient took part in the ascent."""
@@ -492,8 +687,8 @@ class FriendlySAM(Optimizer):
 
     def _restore_recorded(self) -> None:
         for segment in self._record:
-            ops.restore(segment.backend, segment.rows, segment.offsets, segment.flat.buffers["backup"])
-            segment.mark_written()
+            ops.restore(segment.backend, segment.rows, segment.offsets, segment.flat.buffers[segment.flat.saved])
+            segment.written()
         self._record = []
 
     @torch.no_grad()
@@ -503,10 +698,11 @@ class FriendlySAM(Optimizer):
         For a step that is given up. The average keeps the gradient it has seen. Safe to call at any time.
         """
         self._restore_recorded()
-        self._stage = State.CLEAN
+        self._backward_count.forget()
+        self._clean()
 
     @contextmanager
-    def perturbed(self, zero_grad: bool = True) -> Iterator[None]:
+    def perturbed(self, zero_grad: bool = True, grad_scaler: Any = None) -> Iterator[None]:
         """Within the block the weights are perturbed; after it they are restored, exceptions included.
 
         Inside, compute the second gradient. After the block, clip or unscale it as you like and call ``step()``, which
@@ -514,11 +710,12 @@ class FriendlySAM(Optimizer):
 
         Args:
             zero_grad: clear the first gradient on entry.
+            grad_scaler: as in :meth:`first_step`; call ``grad_scaler.step(optimizer)`` then in place of ``step()``.
 
         Raises:
             RuntimeError: as :meth:`first_step`.
         """
-        self.first_step(zero_grad=zero_grad)
+        self.first_step(zero_grad=zero_grad, grad_scaler=grad_scaler)
         try:
             yield
         except BaseException:
@@ -553,7 +750,9 @@ class FriendlySAM(Optimizer):
         Returns:
             ``noise_norm``: |d|, adaptive: ||w| d|; ``grad_norm``: |g|; ``ema_norm``: |m| before the ascent;
             ``cosine``: of g and m before the ascent, NaN where one of them is zero; ``found_inf``: the ascent was
-            not finite, nothing was perturbed.
+            not finite, nothing was perturbed. Where weights are rounded (16-bit parameters, ``forward_dtype``), over
+            these: ``effective_norm``, of what rounding leaves of the perturbation, and ``effective_cosine``, of that
+            with the intended one. Of sharded parameters these two are about this rank's shards.
 
         Reading a value waits for the device; calling this does not.
 
@@ -563,12 +762,17 @@ class FriendlySAM(Optimizer):
         if not self._totals:
             raise RuntimeError("stats() was called before the first ascent; call first_step() or step(closure) first")
         noise_sq, grad_sq, dot, ema_sq, _ = next(iter(self._totals.values())).unbind()
+        effect = {}
+        if self._effects:
+            pair = effective_norm_and_cosine(total_effect(self._effects))
+            effect = dict(zip(("effective_norm", "effective_cosine"), pair, strict=True))
         return {
             "noise_norm": noise_sq.sqrt(),
             "grad_norm": grad_sq.sqrt(),
             "ema_norm": ema_sq.sqrt(),
             "cosine": dot / (grad_sq.sqrt() * ema_sq.sqrt()),
             "found_inf": ~noise_sq.isfinite(),
+            **effect,
         }
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
@@ -609,11 +813,24 @@ class FriendlySAM(Optimizer):
                     f"state '{name}' of {self._describe(param)} has shape {tuple(value.shape)} in the checkpoint; load "
                     "one that was saved with this model"
                 )
+            if (
+                name == "ema"
+                and value.dtype == torch.int8
+                and not any(other is param and scale == "ema_scale" for other, scale, _ in entries)
+            ):
+                raise ValueError(
+                    f"state 'ema_scale' of {self._describe(param)} is missing in the checkpoint, whose average is "
+                    "int8; load one that is complete"
+                )
         # Copies, because the checkpoint's tensors may be another optimizer's; in their own dtype.
         copies = [(param, name, self._loaded(param, name, value)) for param, name, value in entries]
         super().load_state_dict(translated)
         for param, name, value in copies:
             self.state[param][name] = value
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in self.state:
+                    checkpoints.convert(self.state[param], param, group)
 
     def _loaded(self, param: Tensor, name: str, value: Tensor) -> Tensor:
         if value.shape == param.shape and name != "step":
@@ -627,6 +844,8 @@ class FriendlySAM(Optimizer):
             "base_optimizer": self.base_optimizer,
             "backend": self.backend,
             "capturable": self.capturable,
+            "rounding_seed": self.rounding_seed,
+            "schedule": self.schedule,
             "_fused": self._fused,
             "_generic": self._generic,
         }
@@ -639,7 +858,8 @@ class FriendlySAM(Optimizer):
 class SAM(FriendlySAM):
     """Sharpness-Aware Minimization (Foret et al., ICLR 2021), and ASAM (Kwon et al., ICML 2021) where ``adaptive``.
 
-    :class:`FriendlySAM` with sigma = 0: the perturbation follows the gradient itself, and no average is kept.
+    :class:`FriendlySAM` with sigma = 0: the perturbation follows the gradient itself, and no average is kept. Takes the
+    same options but for ``sigma`` and those of the average.
     """
 
     def __init__(
@@ -648,20 +868,6 @@ class SAM(FriendlySAM):
         base_optimizer: type[Optimizer] = SGD,
         rho: float | Tensor = 0.05,
         adaptive: bool = False,
-        *,
-        perturb_eps: float = 1e-12,
-        backend: str | None = None,
-        capturable: bool = False,
-        **base_kwargs: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            params,
-            base_optimizer,
-            rho,
-            sigma=0.0,
-            adaptive=adaptive,
-            perturb_eps=perturb_eps,
-            backend=backend,
-            capturable=capturable,
-            **base_kwargs,
-        )
+        super().__init__(params, base_optimizer, rho, sigma=0.0, adaptive=adaptive, **kwargs)

@@ -13,10 +13,16 @@ from torch import Tensor
 from . import distributed
 from .distributed import Describe
 from .flatten import is_dense
+from .ops import FORWARD, compute_dtype
 
-# The param-group keys that are not the base optimizer's.
-NAMES = ("rho", "sigma", "lmbda", "adaptive", "ema", "perturb_eps")
+# The param-group keys that are not the base optimizer's. Those of LAYOUT say how state is kept: a checkpoint's state is
+# converted to them.
+LAYOUT = ("ema_dtype", "master_weights", "stochastic_rounding", "forward_dtype", "ema_source")
+NAMES = ("rho", "sigma", "lmbda", "adaptive", "ema", "perturb_eps", *LAYOUT)
+# The number of steps taken: what a schedule and stochastic rounding count by.
+STEP = "fsam_step"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def uses_ema(group: dict[str, Any]) -> bool:
@@ -45,6 +51,34 @@ def check_options(group: dict[str, Any]) -> None:
     number("perturb_eps", lambda v: v >= 0, "a finite number of at least 0")
     if group["ema"] not in ("previous", "updated"):
         raise ValueError(f"ema must be 'previous' (the official code) or 'updated' (the paper), not {group['ema']!r}")
+    if group["ema_dtype"] not in (None, torch.float32, torch.bfloat16, torch.int8):
+        raise ValueError(
+            "ema_dtype must be torch.float32, torch.bfloat16 or torch.int8, or None for the dtype of the arithmetic, "
+            f"not {group['ema_dtype']!r}"
+        )
+    if group["ema_dtype"] == torch.int8 and group["lmbda"] > 0.999:
+        raise ValueError(
+            f"ema_dtype=torch.int8 cannot follow an average with lmbda={group['lmbda']}: its updates are smaller than "
+            "a step of eight bits; use lmbda <= 0.999, or ema_dtype=torch.float32"
+        )
+    if group["forward_dtype"] not in FORWARD:
+        raise ValueError(
+            "forward_dtype must be torch.bfloat16 or torch.float16, or None where forward passes use the weights as "
+            f"they are, not {group['forward_dtype']!r}"
+        )
+    if group["ema_source"] not in ("ascent", "descent"):
+        raise ValueError(
+            f"ema_source must be 'ascent' (the first gradient) or 'descent' (the second), not {group['ema_source']!r}"
+        )
+    if group["ema_source"] == "descent" and group["ema"] == "updated":
+        raise ValueError(
+            "ema='updated' uses the first gradient's average, which ema_source='descent' does not make; use "
+            "ema='previous' with it"
+        )
+    if group["master_weights"] and group["stochastic_rounding"]:
+        raise ValueError(
+            "master_weights and stochastic_rounding are two answers to the same rounding; choose one of them"
+        )
 
 
 def check_parameter(param: Tensor, describe: Describe) -> None:
@@ -64,6 +98,44 @@ def check_parameter(param: Tensor, describe: Describe) -> None:
             f"{describe(param)} has strides {tuple(part.stride())} with gaps or overlaps in memory; "
             "make it contiguous first"
         )
+
+
+def check_group_dtypes(group: dict[str, Any], fused: bool, base: str, describe: Describe) -> None:
+    """Raises for options that do not go with the dtypes of a group's parameters or with its base optimizer."""
+    params = [param for param in group["params"] if param.requires_grad]
+    for name in ("master_weights", "stochastic_rounding"):
+        if not group[name]:
+            continue
+        if not fused:
+            raise ValueError(f"{name} needs SGD, Adam or AdamW (without amsgrad) as the base optimizer, not {base}")
+        if params and not any(param.dtype in LOW_PRECISION for param in params):
+            raise TypeError(
+                f"{name} is for bfloat16 and float16 parameters, but {describe(params[0])} and all others of its group "
+                f"are {params[0].dtype}; leave the option out, or set it for the groups that need it"
+            )
+    for param in params:
+        if group["ema_dtype"] == torch.int8 and distributed.local(param) is not param:
+            raise TypeError(
+                f"{describe(param)} is sharded, and the blocks of ema_dtype=torch.int8 do not follow its shards; use "
+                "torch.bfloat16"
+            )
+        if param.dtype != torch.float64:
+            continue
+        for name, allowed in (("ema_dtype", (None, torch.float64)), ("forward_dtype", (None,))):
+            if group[name] not in allowed:
+                raise TypeError(
+                    f"{describe(param)} is float64, which {name}={group[name]} does not go with; leave it out"
+                )
+
+
+def ema_dtype(group: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """What stores the average of a group's parameters of ``dtype``."""
+    return group["ema_dtype"] or compute_dtype(dtype)
+
+
+def has_masters(group: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether a group's parameters of ``dtype`` have float32 masters."""
+    return bool(group["master_weights"]) and dtype in LOW_PRECISION
 
 
 def check_gradient(param: Tensor, describe: Describe) -> None:

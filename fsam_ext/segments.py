@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import repeat
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,35 @@ from .flatten import REGISTRY
 # A step reads these of every parameter: a descriptor called by map() costs a third of an attribute in a loop.
 _GRAD = Tensor.grad.__get__
 _DATA_PTR = Tensor.data_ptr
+_VERSION = Tensor._version.__get__
 
 
 def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two lists hold the same objects in the same order."""
     return len(a) == len(b) and all(map(is_, a, b))
+
+
+class Guards(NamedTuple):
+    """What may scale a gradient or have an update skipped, as tensors on the device, or None.
+
+    Attributes:
+        stats: the sums of the ascent that the update belongs to.
+        grad_scale: what the gradients are divided by.
+        found_inf: not zero where a gradient scaler met a non-finite gradient.
+    """
+
+    stats: Tensor | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def applied(self, like: Tensor) -> Tensor:
+        """1 where updates are applied, else 0, in the dtype of ``like``."""
+        applied = torch.ones((), dtype=torch.bool, device=like.device)
+        if self.stats is not None:
+            applied = self.stats[0].isfinite()
+        if self.found_inf is not None:
+            applied = applied & (self.found_inf.reshape(-1)[0] == 0)
+        return applied.to(like.dtype)
 
 
 class Segment:
@@ -34,6 +58,7 @@ class Segment:
             ``flatten_parameters(module, grads=True)`` laid them one after the other.
         offsets: int64 CPU tensor, the rows' positions in the flat state.
         chunks: number of chunks of pass A.
+        effect: what pass B counts of the perturbation's effect, or None where it is not asked to.
     """
 
     def __init__(self, backend: Any, flat: FlatState, params: list[Tensor]) -> None:
@@ -58,6 +83,8 @@ class Segment:
         scratch = self.chunks * ops.STATISTICS
         if flat.partials.numel() < scratch:
             flat.partials = flat.partials.new_empty(scratch)
+        self.effect: Tensor | None = None
+        self._versions: list[int] | None = None
         self._step_index = _slice_or_index(index, flat.device)
         self._row_index = _slice_or_index([index[i] for i in firsts], flat.device)
 
@@ -78,17 +105,30 @@ class Segment:
             return local_grads(params, grads) if same_objects(self.rows, list(map(local, params))) else None
         return grads
 
-    def mark_written(self) -> None:
-        """Tells autograd that the weights have changed, so that a graph made before is of no use, and FSDP likewise."""
+    def measure_effect(self) -> None:
+        """Has pass B count what rounding leaves of the perturbation."""
+        self.effect = torch.zeros(self.chunks * ops.EFFECT, dtype=self.flat.state_dtype, device=self.flat.device)
+
+    def written(self) -> None:
+        """Tells autograd that the weights moved: a graph made before is of no use now."""
         torch.autograd.graph.increment_version(self.params)
-        if self._gathered is not None:
+        if self._gathered is not None:  # FSDP has copies of its own
             torch.autograd.graph.increment_version(self.rows)
             self._gathered.give_up()
+        if self.flat.masters:
+            self._versions = list(map(_VERSION, self.params))
 
-    def advance_steps(self, stats: Tensor, by: int = 1) -> Tensor:
-        """Counts updates of each parameter, unless ``stats`` has them skipped; returns the rows' counts."""
+    def adopt_changes(self) -> None:
+        """Takes into the masters what others wrote into the weights: a model's load_state_dict, say."""
+        if self.flat.masters and self._versions != list(map(_VERSION, self.params)):
+            for param in self.params:
+                master, param = self.flat.view("master", param), local(param)
+                master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
+
+    def advance_steps(self, guards: Guards, by: int = 1) -> Tensor:
+        """Counts updates of each parameter, unless ``guards`` have them skipped; returns the rows' counts."""
         steps = self.flat.buffers["step"]
-        applied = stats[0].isfinite().to(steps.dtype)
+        applied = guards.applied(steps)
         if isinstance(self._step_index, slice):
             steps[self._step_index].add_(applied, alpha=by)
         else:

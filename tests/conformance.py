@@ -6,8 +6,9 @@ NOTE [where the tolerances come from]
 Every result is a sum of a few products, computed with one rounding for each operation and each scalar: an operation
 errs by at most u = 2^-24 (2^-53 in float64) of its result, and no intermediate result is larger than the `magnitude`
 that the same formula gives with every term made positive. No formula chains more than ROUNDINGS operations. Storing a
-16-bit float rounds once more, by half a unit in its last place. A sum over a chunk adds at most 256 values in a lane
-and then a tree over the lanes; the chunks are added in float64.
+16-bit float rounds once more, by half a unit in its last place. An int8 average is off by half a scale and by what two
+roundings of a code (of at most 127) make of it. A sum over a chunk adds at most 256 values in a lane and then a tree
+over the lanes; the chunks are added in float64.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _triton() -> Any:
     return backends.resolve("triton", torch.device(DEVICE["triton"]))
 
 
-# name -> loader of the five ops. `reference` is here too: in float32 against itself in float64.
+# name -> loader of the six ops. `reference` is here too: in float32 against itself in float64.
 BACKENDS: dict[str, Callable[[], Any]] = {
     "cpu": _installed("cpu", "cpu"),
     "reference": _installed("reference", "cpu"),
@@ -54,6 +55,18 @@ if torch.cuda.is_available():
     DEVICE["cuda"] = DEVICE["triton"] = "cuda"
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+# How an average may be stored beside the dtype of the state (None). Not for float64 parameters.
+COMPRESSED = (torch.bfloat16, torch.int8)
+
+
+def load(name: str) -> tuple[Any, str]:
+    """A backend under test, and the device of its tensors."""
+    return BACKENDS[name](), DEVICE[name]
+
+
+def dtype_id(dtype: torch.dtype | None) -> str:
+    return "full" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def unit(dtype: torch.dtype) -> float:
@@ -109,10 +122,29 @@ LAYOUTS = {
 # ---- One call's worth of inputs ------------------------------------------------------------------------------------
 
 
+@dataclass
+class Average:
+    """A flat average and, where it is int8, its scales."""
+
+    ema: Tensor | None = None
+    scale: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.ema, self.scale) if tensor is not None]
+
+    def exact(self) -> Tensor | None:
+        """The flat average in float64, NaN where it is unset."""
+        if self.scale is None:
+            return doubled(self.ema)
+        scales = doubled(self.scale).repeat_interleave(ops.QUANTIZED)
+        return self.ema.cpu().double() * scales[: self.ema.numel()]
+
+
 class Inputs:
     """Random parameters, gradients and flat state of one layout; everything an op could write is poisoned."""
 
-    def __init__(self, layout: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    def __init__(self, layout: str, dtype: torch.dtype, device: str = "cpu", alignment: int = 1) -> None:
+        """``alignment``: what offsets are multiples of, beyond that of aligned memory."""
         self.dtype, self.state_dtype = dtype, ops.compute_dtype(dtype)
         spec = LAYOUTS[layout]
         self.params = [self._normal(make(dtype)).to(device) for make in spec.params]
@@ -121,7 +153,8 @@ class Inputs:
             assert moved.stride() == make(dtype).stride()
         positions = [3 * 128]  # room before the first slice, whose contents must survive
         for param in self.params:
-            positions.append(positions[-1] + aligned_numel(param.numel(), dtype))
+            end = positions[-1] + aligned_numel(param.numel(), dtype)
+            positions.append(-(-end // alignment) * alignment)
         self.offsets = torch.tensor(positions[:-1], dtype=torch.int64)
         self.numel = positions[-1] + 64
         self.device = device
@@ -139,6 +172,30 @@ class Inputs:
         """A flat state buffer of random numbers."""
         numbers = torch.randn(self.numel, dtype=torch.float64) * scale
         return numbers.to(self.state_dtype if dtype is None else dtype).to(self.device)
+
+    def average(self, dtype: torch.dtype | None, unset: bool = False) -> Average:
+        """A random average, in the dtype of the state where ``dtype`` is None.
+
+        ``unset``: a part has seen no gradient yet. That is every other row; of an int8 average every other block.
+        """
+        if dtype == torch.int8:
+            codes = torch.randint(-127, 128, (self.numel,), dtype=torch.int8).to(self.device)
+            average = Average(codes, self.flat(1e-3, torch.float32)[: -(-self.numel // ops.QUANTIZED)].abs())
+            if unset:
+                average.scale[::2] = torch.nan
+            return average
+        average = Average(self.flat(0.1, dtype))
+        if unset:
+            for part in slices(average.ema, self)[::2]:
+                part.fill_(torch.nan)
+        return average
+
+    def masters(self) -> Tensor:
+        """Random float32 masters, of which the parameters become the rounded copies."""
+        masters = self.flat(dtype=torch.float32)
+        for param, part in zip(self.params, slices(masters, self), strict=True):
+            param.copy_(part)
+        return masters
 
     def poisoned_backup(self) -> Tensor:
         return torch.full((self.numel,), torch.nan, dtype=self.dtype, device=self.device)
@@ -184,6 +241,14 @@ def outside(flat: Tensor, inputs: Inputs) -> Tensor:
     return flat[~mine]
 
 
+def outside_scales(average: Average, inputs: Inputs) -> Tensor:
+    """The scales of blocks that belong to no row."""
+    mine = torch.zeros(average.scale.numel(), dtype=torch.bool, device=average.scale.device)
+    for param, offset in zip(inputs.params, inputs.offsets.tolist(), strict=True):
+        mine[offset // ops.QUANTIZED : -(-(offset + param.numel()) // ops.QUANTIZED)] = True
+    return average.scale[~mine]
+
+
 def assert_close(actual: Tensor, exact: Tensor, magnitude: Tensor, arithmetic: torch.dtype, what: str) -> None:
     """Compares with the float64 result: see NOTE [where the tolerances come from]."""
     stored = actual.dtype
@@ -197,6 +262,23 @@ def assert_close(actual: Tensor, exact: Tensor, magnitude: Tensor, arithmetic: t
         f"{what}: {int(wrong.sum())} of {wrong.numel()} elements off, worst {error[wrong].max():.3g} "
         f"where {bound[wrong].min():.3g} is allowed"
     )
+
+
+def assert_average_close(average: Average, exact: Tensor, magnitudes: list[Tensor], inputs: Inputs) -> None:
+    """Compares an average with its flat float64 value: see NOTE [where the tolerances come from]."""
+    if average.scale is None:
+        for i, (m, value, size) in enumerate(
+            zip(slices(average.ema, inputs), slices(exact, inputs), magnitudes, strict=True)
+        ):
+            assert_close(m, value, size, inputs.state_dtype, f"average {i}")
+        return
+    scales = doubled(average.scale).repeat_interleave(ops.QUANTIZED)[: average.ema.numel()]
+    rows = (slices(flat, inputs) for flat in (average.exact(), exact, scales))
+    for i, (m, value, scale, size) in enumerate(zip(*rows, magnitudes, strict=True)):
+        bound = scale * (0.5 + 127 * 2 * unit(torch.float32)) + ROUNDINGS * unit(torch.float32) * size
+        error = (m - value).abs()
+        wrong = ~(error <= bound)
+        assert not wrong.any(), f"average {i}: {int(wrong.sum())} elements off, worst {error[wrong].max():.3g}"
 
 
 def identical(a: Tensor, b: Tensor) -> bool:

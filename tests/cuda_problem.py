@@ -53,7 +53,7 @@ class Problem:
     def noise_norm(self, backend, kind="previous", adaptive=False):
         ema = None if kind == "none" else self.ema
         backend.noise_norm(
-            self.params, self.grads, self.offsets, ema, self.grad_scale, 0.9, 0.6, adaptive,
+            self.params, self.grads, self.offsets, ema, None, self.grad_scale, 0.9, 0.6, adaptive,
             kind == "updated", self.partials, self.stats,
         )  # fmt: skip
         return self.stats
@@ -61,8 +61,8 @@ class Problem:
     def perturb(self, backend, kind="previous", adaptive=False):
         ema = None if kind == "none" else self.ema
         backend.perturb(
-            self.params, self.grads, self.offsets, ema, self.backup, self.stats, self.grad_scale,
-            0.0, self.rho, 0.9, 0.6, 1e-12, adaptive, kind == "updated",
+            self.params, self.grads, self.offsets, ema, None, self.backup, self.stats, self.grad_scale,
+            0.0, self.rho, 0.9, 0.6, 1e-12, adaptive, kind == "updated", True, 0, None,
         )  # fmt: skip
 
     def restore(self, backend):
@@ -72,14 +72,14 @@ class Problem:
         backend.restore_sgd(
             self.params, self.grads, self.offsets, self.backup if with_backup else None,
             self.first if momentum else None, self.stats, self.grad_scale, self.found_inf,
-            0.0, self.lr, momentum, 0.1, 0.01, nesterov, maximize,
+            0.0, self.lr, momentum, 0.1, 0.01, nesterov, maximize, None,
         )  # fmt: skip
 
     def adam(self, backend, decoupled=True, maximize=False, with_backup=True):
         backend.restore_adam(
             self.params, self.grads, self.offsets, self.backup if with_backup else None, self.first,
             self.second, self.steps, self.stats, self.grad_scale, self.found_inf, 0.0,
-            self.lr, 0.9, 0.999, 1e-8, 0.01, decoupled, maximize,
+            self.lr, 0.9, 0.999, 1e-8, 0.01, decoupled, maximize, None,
         )  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""Every backend, op, dtype and memory layout against the float64 reference; bits where bits are promised."""
+"""Every backend, op, dtype and memory layout against the float64 reference; bits where bits are promised.
+
+What 16-bit parameters have of their own (masters, stochastic rounding) is in test_mixed_precision.py.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,21 @@ from fsam_ext.backends import reference
 
 from .conformance import (
     BACKENDS,
-    DEVICE,
+    COMPRESSED,
     DTYPES,
     LAYOUTS,
     SUMMANDS,
+    Average,
     Inputs,
+    assert_average_close,
     assert_close,
     copied,
     doubled,
+    dtype_id,
     identical,
+    load,
     outside,
+    outside_scales,
     slices,
     unit,
 )
@@ -31,26 +39,23 @@ SIGMA, LMBDA, RHO, EPS = 0.8, 0.9, 0.3, 1e-12
 
 pytestmark = [
     pytest.mark.parametrize("layout", LAYOUTS),
-    pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch.")),
+    # numpy, in Triton's interpreter, warns of what a GPU does without a word.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
 def backend(request):
-    loaded = BACKENDS[request.param]()
-    loaded_device = DEVICE[request.param]
-    return loaded, loaded_device
+    return load(request.param)
 
 
 def ascent(
-    layout: str, dtype: torch.dtype, device: str, ema: str, scaled: bool
-) -> tuple[Inputs, Tensor | None, Tensor | None]:
-    """Inputs, flat EMA and loss scale; `ema` is none, previous, updated, or unset (no gradient seen yet)."""
-    inputs = Inputs(layout, dtype, device)
-    average = None if ema == "none" else inputs.flat(0.1)
-    if ema == "unset":
-        for part in slices(average, inputs)[::2]:  # every other parameter meets its first gradient
-            part.fill_(math.nan)
+    layout: str, dtype: torch.dtype, device: str, ema: str, stored: torch.dtype | None, scaled: bool
+) -> tuple[Inputs, Average, Tensor | None]:
+    """Inputs, average and loss scale; `ema` is none, previous, updated, or unset (no gradient seen yet)."""
+    inputs = Inputs(layout, dtype, device, alignment=ops.QUANTIZED if stored == torch.int8 else 1)
+    average = Average() if ema == "none" else inputs.average(stored, unset=ema == "unset")
     scale = torch.tensor(64.0, device=device) if scaled else None
     if scaled:
         for grad in inputs.grads:
@@ -62,40 +67,57 @@ def unscaled(inputs: Inputs, scale: Tensor | None) -> list[Tensor]:
     return [g.cpu().double() / (1.0 if scale is None else scale.item()) for g in inputs.grads]
 
 
-def averages(average: Tensor | None, inputs: Inputs) -> list[Tensor]:
-    """The float64 value of each row's EMA; an unset one counts as zero."""
-    if average is None:
+def known(flat: Tensor | None, inputs: Inputs) -> list[Tensor]:
+    """The float64 value of each row's part of a flat state; an unset one counts as zero."""
+    if flat is None:
         return [torch.zeros(p.shape, dtype=torch.float64) for p in inputs.params]
-    return [part.cpu().double().nan_to_num(nan=0.0) for part in slices(average, inputs)]
+    return [part.cpu().double().nan_to_num(nan=0.0) for part in slices(flat, inputs)]
 
 
-EMA_KINDS = pytest.mark.parametrize("ema", ["none", "previous", "updated", "unset"])
-ADAPTIVE = pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "adaptive"])
+# (dtype, dtype of the average or None for the state's, kind of average, adaptive)
+AVERAGES = pytest.mark.parametrize(
+    "dtype,stored,ema,adaptive",
+    [
+        *(
+            (dtype, None, ema, adaptive)
+            for dtype in DTYPES
+            for ema in ("none", "previous", "updated", "unset")
+            for adaptive in (False, True)
+        ),
+        *(
+            (dtype, stored, ema, ema == "updated")
+            for dtype in DTYPES[1:]
+            for stored in COMPRESSED
+            for ema in ("updated", "unset")
+        ),
+    ],
+    ids=lambda value: dtype_id(value) if value is None or isinstance(value, torch.dtype) else str(value),
+)
 
 
-@EMA_KINDS
-@ADAPTIVE
-def test_noise_norm(backend, layout, dtype, ema, adaptive):
+@AVERAGES
+def test_noise_norm(backend, layout, dtype, stored, ema, adaptive):
     backend, device = backend
-    inputs, average, scale = ascent(layout, dtype, device, ema, scaled=adaptive)
+    inputs, average, scale = ascent(layout, dtype, device, ema, stored, scaled=adaptive)
     options = (SIGMA, LMBDA, adaptive, ema == "updated")
-    before = copied([inputs.params, inputs.grads, average])
+    before = copied([inputs.params, inputs.grads, average.tensors()])
 
     ops.noise_norm(
-        backend, inputs.params, inputs.grads, inputs.offsets, average, scale, *options, inputs.partials, inputs.stats
+        *(backend, inputs.params, inputs.grads, inputs.offsets, average.ema, average.scale, scale),
+        *(*options, inputs.partials, inputs.stats),
     )
 
     exact = torch.zeros(ops.STATISTICS, dtype=torch.float64)
-    args = doubled([inputs.params, inputs.grads, inputs.offsets, average, scale])
+    args = doubled([inputs.params, inputs.grads, inputs.offsets, average.exact(), None, scale])
     reference.noise_norm(*args, *options, None, exact)
     bound = torch.zeros(ops.STATISTICS, dtype=torch.float64)
-    for w, g, m in zip(inputs.params, unscaled(inputs, scale), averages(average, inputs), strict=True):
+    for w, g, m in zip(inputs.params, unscaled(inputs, scale), known(average.exact(), inputs), strict=True):
         d = g.abs() + SIGMA * (m.abs() + g.abs())
         d = d * w.cpu().double().abs() if adaptive else d
         bound += torch.stack([(d * d).sum(), (g * g).sum(), (g * m).abs().sum(), (m * m).sum(), torch.zeros(())])
     bound *= SUMMANDS * unit(inputs.state_dtype)
     assert ((inputs.stats.cpu() - exact).abs() <= bound).all(), (inputs.stats, exact, bound)
-    after = [inputs.params, inputs.grads, average]
+    after = [inputs.params, inputs.grads, average.tensors()]
     assert all(map(identical, *(list(_tensors(x)) for x in (before, after)))), "pass A wrote to its inputs"
     if not isinstance(backend, type(reference)):
         assert inputs.partials[inputs.chunks * ops.STATISTICS :].isnan().all()
@@ -109,71 +131,242 @@ def _tensors(value):
             yield from _tensors(item)
 
 
-@EMA_KINDS
-@ADAPTIVE
-def test_perturb(backend, layout, dtype, ema, adaptive):
+def not_mine(average: Average, inputs: Inputs) -> list[Tensor]:
+    """What an update of the average must leave alone."""
+    tensors = [] if average.ema is None else [outside(average.ema, inputs)]
+    return tensors if average.scale is None else [*tensors, outside_scales(average, inputs)]
+
+
+@AVERAGES
+def test_perturb(backend, layout, dtype, stored, ema, adaptive):
     backend, device = backend
-    inputs, average, scale = ascent(layout, dtype, device, ema, scaled=adaptive)
+    inputs, average, scale = ascent(layout, dtype, device, ema, stored, scaled=adaptive)
     stats = torch.tensor([2.0, 1, 1, 1, 0], dtype=torch.float64, device=device)
     rho_tensor = torch.tensor(RHO, device=device) if adaptive else None
     rho = math.nan if adaptive else RHO  # the tensor must win
-    options = (stats, scale, rho, rho_tensor, SIGMA, LMBDA, EPS, adaptive, ema == "updated")
+    options = (stats, scale, rho, rho_tensor, SIGMA, LMBDA, EPS, adaptive, ema == "updated", True, 0, None)
     backup = inputs.poisoned_backup()
     original = copied(inputs.params)
-    args = doubled([inputs.params, inputs.grads, inputs.offsets, average, backup, *options])
+    exact_average = average.exact()
+    args = doubled([inputs.params, inputs.grads, inputs.offsets, exact_average, None, backup, *options])
     length = RHO / (math.sqrt(2.0) + EPS)
-    magnitudes = []
-    for w, g, m in zip(original, unscaled(inputs, scale), averages(average, inputs), strict=True):
+    sizes, average_sizes = [], []
+    for w, g, m in zip(original, unscaled(inputs, scale), known(exact_average, inputs), strict=True):
         w = w.cpu().double().abs()
         d = g.abs() + SIGMA * (m.abs() + g.abs())
-        magnitudes.append((w + (w * w if adaptive else 1) * length * d, LMBDA * m.abs() + (1 - LMBDA) * g.abs()))
-    untouched = copied([outside(flat, inputs) for flat in (backup, average) if flat is not None])
+        sizes.append(w + (w * w if adaptive else 1) * length * d)
+        average_sizes.append(LMBDA * m.abs() + (1 - LMBDA) * g.abs())
+    untouched = copied([outside(backup, inputs), *not_mine(average, inputs)])
+    start = copied(average.tensors())
 
-    ops.perturb(backend, inputs.params, inputs.grads, inputs.offsets, average, backup, *options)
+    where = (inputs.params, inputs.grads, inputs.offsets)
+    ops.perturb(backend, *where, average.ema, average.scale, backup, *options)
 
     reference.perturb(*args)
-    exact_w, exact_average = args[0], args[3]
-    for i, (w, (size, _)) in enumerate(zip(inputs.params, magnitudes, strict=True)):
-        assert_close(w, exact_w[i], size, inputs.state_dtype, f"parameter {i}")
-    if average is not None:
-        pairs = zip(slices(average, inputs), slices(exact_average, inputs), magnitudes, strict=True)
-        for i, (m, exact, (_, size)) in enumerate(pairs):
-            assert_close(m, exact, size, inputs.state_dtype, f"average {i}")
+    for i, (w, exact, size) in enumerate(zip(inputs.params, args[0], sizes, strict=True)):
+        assert_close(w, exact, size, inputs.state_dtype, f"parameter {i}")
+    if average.ema is not None:
+        assert_average_close(average, args[3], average_sizes, inputs)
+        # In the arithmetic of the backends, whose bits it shares here: the loss scale is a power of two.
+        mirror = Average(*start)
+        reference.perturb(copied(original), *where[1:], mirror.ema, mirror.scale, inputs.poisoned_backup(), *options)
+        assert all(map(identical, average.tensors(), mirror.tensors())), "other bits than the reference"
     assert all(map(identical, slices(backup, inputs), original)), "the backup is not the parameter, bit for bit"
-    after = [outside(flat, inputs) for flat in (backup, average) if flat is not None]
-    assert all(map(identical, untouched, after)), "wrote outside its slices"
+    assert all(map(identical, untouched, [outside(backup, inputs), *not_mine(average, inputs)])), (
+        "wrote outside its slices"
+    )
 
 
-@pytest.mark.parametrize("noise_sq", [math.inf, math.nan])
-def test_perturb_with_a_nonfinite_norm_only_fills_the_backup(backend, layout, dtype, noise_sq):
+# (dtype, dtype of the average or None for the state's)
+STORAGES = pytest.mark.parametrize(
+    "dtype,stored",
+    [*((dtype, None) for dtype in DTYPES), *((torch.float32, stored) for stored in COMPRESSED)],
+    ids=dtype_id,
+)
+
+
+@STORAGES
+def test_perturb_that_feeds_nothing_leaves_the_average(backend, layout, dtype, stored):
+    """The parameters go where they go with an average that is fed."""
     backend, device = backend
-    inputs, average, _ = ascent(layout, dtype, device, "unset", scaled=False)
+    inputs, average, _ = ascent(layout, dtype, device, "unset", stored, scaled=False)
+    stats = torch.tensor([2.0, 1, 1, 1, 0], dtype=torch.float64, device=device)
+    fed = [copied(inputs.params), copied(average.tensors())]
+    before = copied(average.tensors())
+    for params, tensors, feeds in ((inputs.params, average.tensors(), False), (*fed, True)):
+        where = (params, inputs.grads, inputs.offsets, *(tensors if len(tensors) == 2 else (*tensors, None)))
+        options = (stats, None, RHO, None, SIGMA, LMBDA, EPS, False, True, feeds, 0, None)
+        ops.perturb(backend, *where, inputs.poisoned_backup(), *options)
+    assert all(map(identical, inputs.params, fed[0]))
+    assert all(map(identical, average.tensors(), before))
+
+
+@STORAGES
+@pytest.mark.parametrize("noise_sq", [math.inf, math.nan])
+def test_perturb_with_a_nonfinite_norm_only_fills_the_backup(backend, layout, dtype, stored, noise_sq):
+    backend, device = backend
+    inputs, average, _ = ascent(layout, dtype, device, "unset", stored, scaled=False)
     for grad in inputs.grads:
         grad.fill_(math.inf)
     stats = torch.tensor([noise_sq, 1, 1, 1, 0], dtype=torch.float64, device=device)
     backup = inputs.poisoned_backup()
-    weights, before = copied(inputs.params), average.clone()
+    effect = torch.full((inputs.chunks * ops.EFFECT + 2,), math.nan, dtype=inputs.state_dtype, device=device)
+    weights, before = copied(inputs.params), copied(average.tensors())
 
-    options = (stats, None, RHO, None, SIGMA, LMBDA, EPS, False, False)
-    ops.perturb(backend, inputs.params, inputs.grads, inputs.offsets, average, backup, *options)
+    where = (inputs.params, inputs.grads, inputs.offsets, average.ema, average.scale)
+    options = (stats, None, RHO, None, SIGMA, LMBDA, EPS, False, False, True, 0, effect)
+    ops.perturb(backend, *where, backup, *options)
 
     assert all(map(identical, inputs.params, weights))
-    assert identical(average, before)
+    assert all(map(identical, average.tensors(), before))
     assert all(map(identical, slices(backup, inputs), weights))
+    assert (effect[:-2] == 0).all() and effect[-2:].isnan().all()
 
 
+@EVERY_DTYPE
 def test_perturb_with_a_zero_norm_moves_nothing(backend, layout, dtype):
     backend, device = backend
-    inputs, average, _ = ascent(layout, dtype, device, "previous", scaled=False)
-    for tensor in [*inputs.grads, average]:
+    inputs, average, _ = ascent(layout, dtype, device, "previous", None, scaled=False)
+    for tensor in [*inputs.grads, average.ema]:
         tensor.zero_()
     stats = torch.zeros(ops.STATISTICS, dtype=torch.float64, device=device)
     weights = copied(inputs.params)
-    options = (stats, None, RHO, None, SIGMA, LMBDA, 0.0, False, False)  # eps = 0: nothing hides a 0 / 0
-    ops.perturb(backend, inputs.params, inputs.grads, inputs.offsets, average, inputs.poisoned_backup(), *options)
+    where = (inputs.params, inputs.grads, inputs.offsets, average.ema, None)
+    options = (stats, None, RHO, None, SIGMA, LMBDA, 0.0, False, False, True, 0, None)  # eps = 0: hides no 0 / 0
+    ops.perturb(backend, *where, inputs.poisoned_backup(), *options)
     assert all(map(torch.equal, inputs.params, weights))
 
 
+# What the forward pass sees weights in; and whether they are rounded copies of masters.
+EFFECTS = pytest.mark.parametrize(
+    "dtype,forward,masters",
+    [
+        (torch.float64, None, False),
+        (torch.float32, None, False),
+        (torch.float32, torch.bfloat16, False),
+        (torch.float32, torch.float16, False),
+        (torch.bfloat16, None, False),
+        (torch.bfloat16, torch.float16, True),
+        (torch.float16, None, True),
+        (torch.float16, torch.bfloat16, False),
+    ],
+    ids=lambda value: "as_stored" if value is None else str(value).removeprefix("torch."),
+)
+
+
+@EFFECTS
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "adaptive"])
+def test_effect_of_a_perturbation(backend, layout, dtype, forward, masters, adaptive):
+    """The sums are those of what lies in the parameters afterwards."""
+    backend, device = backend
+    inputs, average, scale = ascent(layout, dtype, device, "unset", None, scaled=adaptive)
+    backup = inputs.masters() if masters else inputs.poisoned_backup()
+    starts = doubled(slices(backup, inputs) if masters else inputs.params)
+    before = copied(inputs.params)
+    stats = torch.tensor([40.0, 1, 1, 1, 0], dtype=torch.float64, device=device)  # a part of the elements rounds away
+    effect = torch.full((inputs.chunks * ops.EFFECT + 2,), math.nan, dtype=inputs.state_dtype, device=device)
+    averages = known(average.exact(), inputs)
+
+    where = (inputs.params, inputs.grads, inputs.offsets, average.ema, None)
+    options = (stats, scale, RHO, None, SIGMA, LMBDA, EPS, adaptive, False, True, ops.FORWARD[forward], effect)
+    ops.perturb(backend, *where, backup, *options)
+
+    seen = lambda w: (w if forward is None else w.to(forward)).cpu().double()  # noqa: E731
+    length = RHO / (math.sqrt(40.0) + EPS)
+    exact, bound = [], []
+    rows = zip(inputs.params, before, starts, unscaled(inputs, scale), averages, strict=True)
+    for after, old, start, g, m in rows:
+        factor = (start * start if adaptive else 1) * length
+        e, i, size = seen(after) - seen(old), factor * (g - SIGMA * m), factor * (g.abs() + SIGMA * m.abs())
+        exact.append(torch.stack([chunked(x, after) for x in (e * e, e * i, i * i)], 1))
+        bound.append(torch.stack([chunked(x, after) for x in (e * e, e.abs() * size, size * size)], 1))
+    error = (effect[:-2].cpu().double().view(-1, ops.EFFECT) - torch.cat(exact)).abs()
+    # A sum, and what the intended perturbation (at most squared) was rounded before.
+    assert (error <= (SUMMANDS + 2 * 12) * unit(inputs.state_dtype) * torch.cat(bound)).all()
+    assert effect[-2:].isnan().all(), "wrote behind the last chunk"
+
+
+def chunked(x: Tensor, like: Tensor) -> Tensor:
+    """The sum of each chunk of a row, whose elements lie in memory like those of ``like``."""
+    in_memory = torch.empty_like(like, dtype=x.dtype, device="cpu").copy_(x).as_strided((x.numel(),), (1,))
+    return torch.stack([chunk.sum() for chunk in in_memory.split(ops.CHUNK)]) if x.numel() else x.new_zeros(0)
+
+
+# ---- The average on its own ------------------------------------------------------------------------------------------
+
+FED = pytest.mark.parametrize(
+    "dtype,stored",
+    [*((dtype, None) for dtype in DTYPES), *((dtype, stored) for dtype in DTYPES[1:] for stored in COMPRESSED)],
+    ids=dtype_id,
+)
+
+
+@FED
+@pytest.mark.parametrize("predicates", [False, True], ids=["plain", "predicates"])
+def test_update_ema(backend, layout, dtype, stored, predicates):
+    """Elements whose gradient is not finite keep their value, the others get theirs."""
+    backend, device = backend
+    inputs, average, scale = ascent(layout, dtype, device, "unset", stored, scaled=predicates)
+    for grad in inputs.grads:  # in an int8 block with a scale, in one without, and a row of nothing else
+        if grad.numel() > 2:
+            grad.copy_(torch.where(torch.rand(grad.shape).to(device) < 0.1, math.inf, grad))
+            grad[(0,) * grad.dim()] = math.nan
+    inputs.grads[-1].fill_(math.nan)
+    stats = torch.ones(ops.STATISTICS, dtype=torch.float64, device=device) if predicates else None
+    found_inf = torch.zeros((), device=device) if predicates else None
+    rest = (stats, scale, found_inf, LMBDA)
+    exact = average.exact()
+    args = doubled([inputs.params, inputs.grads, inputs.offsets, exact, None, *rest])
+    sizes = [
+        LMBDA * m.abs() + (1 - LMBDA) * g.nan_to_num(0.0, 0.0, 0.0).abs() + m.abs() * ~g.isfinite()
+        for g, m in zip(unscaled(inputs, scale), known(exact, inputs), strict=True)
+    ]
+    read_only = copied([inputs.params, inputs.grads])
+    untouched = copied(not_mine(average, inputs))
+    start = copied(average.tensors())
+
+    where = (inputs.params, inputs.grads, inputs.offsets)
+    ops.update_ema(backend, *where, average.ema, average.scale, *rest)
+
+    reference.update_ema(*args)
+    if stored == torch.int8:  # where there was no value and no finite gradient
+        args[3].nan_to_num_(nan=0.0)
+    else:
+        for m, exact in zip(slices(average.ema, inputs), slices(args[3], inputs), strict=True):
+            assert torch.equal(m.isnan().cpu(), exact.isnan())
+            m.nan_to_num_(nan=0.0), exact.nan_to_num_(nan=0.0)
+    assert_average_close(average, args[3], sizes, inputs)
+    mirror = Average(*start)
+    reference.update_ema(*where, mirror.ema, mirror.scale, *rest)
+    if stored != torch.int8:
+        for part in slices(mirror.ema, inputs):
+            part.nan_to_num_(nan=0.0)
+    assert all(map(identical, average.tensors(), mirror.tensors())), "other bits than the reference"
+    assert all(map(identical, untouched, not_mine(average, inputs))), "wrote outside its slices"
+    assert all(map(identical, *(list(_tensors(x)) for x in (read_only, [inputs.params, inputs.grads]))))
+
+
+@STORAGES
+@pytest.mark.parametrize("reason", ["stats", "found_inf"])
+def test_a_skipped_step_leaves_the_average(backend, layout, dtype, stored, reason):
+    backend, device = backend
+    inputs, average, _ = ascent(layout, dtype, device, "unset", stored, scaled=False)
+    stats = torch.ones(ops.STATISTICS, dtype=torch.float64, device=device)
+    found_inf = torch.zeros((), device=device)
+    if reason == "stats":
+        stats[0] = math.nan
+    else:
+        found_inf.fill_(1.0)
+    before = copied(average.tensors())
+    where = (inputs.params, inputs.grads, inputs.offsets, average.ema, average.scale)
+    ops.update_ema(backend, *where, stats, None, found_inf, LMBDA)
+    assert all(map(identical, average.tensors(), before))
+
+
+# ---- The restore and the base updates --------------------------------------------------------------------------------
+
+
+@EVERY_DTYPE
 def test_restore_is_a_copy_of_bits(backend, layout, dtype):
     backend, device = backend
     inputs = Inputs(layout, dtype, device)
@@ -214,6 +407,7 @@ def descent(layout, dtype, device, by_tensor: bool, with_backup: bool):
 
 @pytest.mark.parametrize("options", SGD_OPTIONS, ids=lambda o: "-".join(map(str, o)))
 @CALLS
+@EVERY_DTYPE
 def test_restore_sgd(backend, layout, dtype, options, by_tensor, with_backup):
     backend, device = backend
     momentum, dampening, weight_decay, nesterov, maximize = options
@@ -224,10 +418,10 @@ def test_restore_sgd(backend, layout, dtype, options, by_tensor, with_backup):
             part.fill_(math.nan)  # first gradient: the buffer becomes g whatever the dampening
     stats = torch.ones(ops.STATISTICS, dtype=torch.float64, device=device)
     found_inf = torch.zeros((), device=device)
-    rest = (stats, scale, found_inf, *lr, *options)
+    rest = (stats, scale, found_inf, *lr, *options, None)
     args = doubled([inputs.params, inputs.grads, inputs.offsets, backup, buffer, *rest])
     magnitudes = []
-    for w, g, b in zip(starts, unscaled(inputs, scale), averages(buffer, inputs), strict=True):
+    for w, g, b in zip(starts, unscaled(inputs, scale), known(buffer, inputs), strict=True):
         g = g.abs() + weight_decay * w
         new = momentum * b.abs() + g if momentum else g
         magnitudes.append((w + 0.05 * ((g if nesterov else 0) + (momentum * new if nesterov else new)), new))
@@ -257,6 +451,7 @@ ADAM_OPTIONS = [
 
 @pytest.mark.parametrize("options", ADAM_OPTIONS, ids=lambda o: "-".join(map(str, o)))
 @CALLS
+@EVERY_DTYPE
 def test_restore_adam(backend, layout, dtype, options, by_tensor, with_backup):
     backend, device = backend
     (beta1, beta2), weight_decay, decoupled, maximize = options
@@ -264,7 +459,7 @@ def test_restore_adam(backend, layout, dtype, options, by_tensor, with_backup):
     exp_avg, exp_avg_sq = inputs.flat(0.1), inputs.flat(0.1).square_()
     steps = torch.arange(1.0, len(inputs.params) + 1, device=device)
     stats = torch.ones(ops.STATISTICS, dtype=torch.float64, device=device)
-    rest = (stats, scale, None, *lr, beta1, beta2, 1e-8, weight_decay, decoupled, maximize)
+    rest = (stats, scale, None, *lr, beta1, beta2, 1e-8, weight_decay, decoupled, maximize, None)
     args = doubled([inputs.params, inputs.grads, inputs.offsets, backup, exp_avg, exp_avg_sq, steps, *rest])
     magnitudes = []
     firsts, seconds = slices(exp_avg, inputs), slices(exp_avg_sq, inputs)
@@ -291,6 +486,7 @@ def test_restore_adam(backend, layout, dtype, options, by_tensor, with_backup):
     assert all(map(identical, untouched, after)), "wrote outside its slices"
 
 
+@EVERY_DTYPE
 @pytest.mark.parametrize("reason", ["stats", "found_inf"])
 @pytest.mark.parametrize("base", ["sgd", "adam"])
 @pytest.mark.parametrize("with_backup", [True, False], ids=["restore", "in_place"])
@@ -311,10 +507,10 @@ def test_a_skipped_update_only_restores(backend, layout, dtype, reason, base, wi
         found_inf.fill_(1.0)
     common = (inputs.params, inputs.grads, inputs.offsets, backup)
     if base == "sgd":
-        ops.restore_sgd(backend, *common, state[0], stats, None, found_inf, 0.1, None, 0.9, 0.0, 0.1, True, False)
+        ops.restore_sgd(backend, *common, state[0], stats, None, found_inf, 0.1, None, 0.9, 0.0, 0.1, True, False, None)
     else:
         steps = torch.ones(len(inputs.params), device=device)
-        rest = (stats, None, found_inf, 0.1, None, 0.9, 0.99, 1e-8, 0.1, True, False)
+        rest = (stats, None, found_inf, 0.1, None, 0.9, 0.99, 1e-8, 0.1, True, False, None)
         ops.restore_adam(backend, *common, *state, steps, *rest)
     assert all(map(identical, inputs.params, expected))
     assert all(map(identical, state, before))

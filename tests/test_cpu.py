@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ import torch
 from fsam_ext import ops
 
 from .conformance import BACKENDS, DTYPES, LAYOUTS, Inputs
-from .test_ops import calls
+from .test_ops import calls, mixed_calls
 
 PROGRAM = "from tests.test_cpu import digest; print(digest())"
 
 
+@functools.cache
 def digest(threads: int = 1) -> str:
     """A hash of everything that all ops write, over all dtypes, and over enough elements to make threads share them."""
     torch.set_num_threads(threads)
@@ -26,9 +29,12 @@ def digest(threads: int = 1) -> str:
     backend = BACKENDS["cpu"]()
     large = LAYOUTS["odd"].params + [lambda dtype: torch.empty(1_000_003, dtype=dtype)]
     LAYOUTS["large"] = type(LAYOUTS["odd"])(large)
-    for dtype in DTYPES:
-        inputs = Inputs("large", dtype)
-        for op, call in calls(inputs).items():
+    compressed = zip(DTYPES[1:], (torch.int8, torch.bfloat16, torch.int8), strict=True)
+    for call_of_each_op in chain(
+        (calls(Inputs("large", dtype)) for dtype in DTYPES),
+        (mixed_calls(Inputs("large", dtype, alignment=ops.QUANTIZED), stored) for dtype, stored in compressed),
+    ):
+        for op, call in call_of_each_op.items():
             getattr(backend, op)(*call)
             for argument in call:
                 for tensor in argument if isinstance(argument, list) else [argument]:
@@ -87,7 +93,7 @@ def test_small_numbers_survive_conversion():
         )
         ops.restore_sgd(
             BACKENDS["cpu"](), inputs.params, inputs.grads, inputs.offsets, None, None, None, None, None,
-            0.1, None, 0.0, 0.0, 0.0, False, False,
+            0.1, None, 0.0, 0.0, 0.0, False, False, None,
         )  # fmt: skip
         assert torch.equal(param, expected)
 
@@ -100,5 +106,5 @@ def test_rounding_is_to_nearest_even():
         results = torch.zeros(1000, dtype=dtype)
         for i, lr in enumerate(lrs.tolist()):
             call = ([results[i : i + 1]], [grad.to(dtype)], offsets, None, None, None, None, None, -lr, None)
-            ops.restore_sgd(BACKENDS["cpu"](), *call, 0.0, 0.0, 0.0, False, False)
+            ops.restore_sgd(BACKENDS["cpu"](), *call, 0.0, 0.0, 0.0, False, False, None)
         assert torch.equal(results, lrs.to(dtype))

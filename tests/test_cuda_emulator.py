@@ -133,7 +133,8 @@ def test_zero_dimensional_and_channels_last(emulated, cpu):
         params = [torch.tensor(2.0), torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last)]
         grads = [torch.tensor(3.0), torch.arange(120.0).reshape(2, 3, 4, 5)]  # in another order than the parameter
         backend.restore_sgd(
-            params, grads, torch.tensor([0, 4]), None, None, None, None, None, 0.5, None, 0.0, 0.0, 0.0, False, False
+            *(params, grads, torch.tensor([0, 4]), None, None, None, None, None),
+            *(0.5, None, 0.0, 0.0, 0.0, False, False, None),
         )
         assert params[0].item() == 0.5
         torch.testing.assert_close(params[1], 1 - 0.5 * torch.arange(120.0).reshape(2, 3, 4, 5))

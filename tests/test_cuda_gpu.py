@@ -233,5 +233,5 @@ def test_a_row_of_more_than_two_to_the_31_elements(cuda):
     w = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
     g = torch.ones(numel, dtype=torch.bfloat16, device="cuda")
     offsets = torch.zeros(1, dtype=torch.int64)
-    cuda.restore_sgd([w], [g], offsets, None, None, None, None, None, 1.0, None, 0.0, 0.0, 0.0, False, False)
+    cuda.restore_sgd([w], [g], offsets, None, None, None, None, None, 1.0, None, 0.0, 0.0, 0.0, False, False, None)
     assert (w[:4096] == -1).all() and (w[-8192:] == -1).all() and int((w != -1).sum()) == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -22,35 +25,75 @@ def calls(inputs: Inputs) -> dict[str, tuple]:
     params, grads, offsets = inputs.params, inputs.grads, inputs.offsets
     flat, backup, scale = inputs.flat, inputs.flat(dtype=inputs.dtype), torch.ones((), device=device)
     scratch = (inputs.partials, inputs.stats)
+    effect = torch.zeros(ops.EFFECT * inputs.chunks, dtype=inputs.state_dtype, device=device)
+    forward = ops.FORWARD[None if inputs.dtype == torch.float64 else torch.bfloat16]
     return {
-        "noise_norm": (params, grads, offsets, flat(), scale, 1.0, 0.9, True, False, *scratch),
-        "perturb": (params, grads, offsets, flat(), backup, stats, None, 0.1, None, 1.0, 0.9, 1e-12, False, True),
+        "noise_norm": (params, grads, offsets, flat(), None, scale, 1.0, 0.9, True, False, *scratch),
+        "perturb": (
+            *(params, grads, offsets, flat(), None, backup, stats, None),
+            *(0.1, None, 1.0, 0.9, 1e-12, False, True, True, forward, effect),
+        ),
+        "update_ema": (params, grads, offsets, flat(), None, stats, scale, None, 0.9),
         "restore": (params, offsets, backup),
         "restore_sgd": (
             *(params, grads, offsets, backup, flat(), stats, scale, None),
-            *(0.1, None, 0.9, 0.0, 0.0, True, False),
+            *(0.1, None, 0.9, 0.0, 0.0, True, False, None),
         ),
         "restore_adam": (
             *(params, grads, offsets, backup, flat(), flat().square_(), steps, stats, None, scale),
-            *(0.1, scale, 0.9, 0.99, 1e-8, 0.0, True, False),
+            *(0.1, scale, 0.9, 0.99, 1e-8, 0.0, True, False, None),
         ),
     }
 
 
-@pytest.mark.parametrize("op", ops.NAMES)
-@pytest.mark.parametrize("name", DISPATCHED)
-def test_opcheck(name, op):
-    overload = getattr(BACKENDS[name](), op)
-    opcheck(overload, calls(Inputs("odd", torch.float32, DEVICE[name]))[op])
+def mixed_calls(inputs: Inputs, stored: torch.dtype) -> dict[str, tuple]:
+    """The same for 16-bit parameters, with an average stored as ``stored`` and with masters or stochastic rounding."""
+    average = inputs.average(stored, unset=True)
+    masters = inputs.masters()
+    rounding = torch.tensor([3, 4], dtype=torch.int64, device=inputs.device)
+    changed = {
+        "noise_norm": {"ema": average.ema, "ema_scale": average.scale},
+        "perturb": {"ema": average.ema, "ema_scale": average.scale, "backup": masters},
+        "update_ema": {"ema": average.ema, "ema_scale": average.scale},
+        "restore": {"backup": masters},
+        "restore_sgd": {"rounding": rounding},
+        "restore_adam": {"backup": masters},
+    }
+    plain = calls(inputs)
+    return {op: replaced(op, plain[op], copied(changed[op])) for op in plain}
 
 
+def replaced(op: str, call: tuple, changes: dict[str, Any]) -> tuple:
+    """The call with other values for the arguments of these names."""
+    names = list(inspect.signature(getattr(ops, op)).parameters)[1:]
+    assert changes.keys() <= set(names)
+    return tuple(changes.get(name, argument) for name, argument in zip(names, call, strict=True))
+
+
+def call_of(op: str, mixed: bool, device: str) -> tuple:
+    if mixed:
+        return mixed_calls(Inputs("odd", torch.bfloat16, device, alignment=ops.QUANTIZED), torch.int8)[op]
+    return calls(Inputs("odd", torch.float32, device))[op]
+
+
+MIXED = pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
+
+
+@MIXED
 @pytest.mark.parametrize("op", ops.NAMES)
 @pytest.mark.parametrize("name", DISPATCHED)
-def test_compile_fullgraph(name, op):
+def test_opcheck(name, op, mixed):
+    opcheck(getattr(BACKENDS[name](), op), call_of(op, mixed, DEVICE[name]))
+
+
+@MIXED
+@pytest.mark.parametrize("op", ops.NAMES)
+@pytest.mark.parametrize("name", DISPATCHED)
+def test_compile_fullgraph(name, op, mixed):
     """A compiled function that calls an op mutates the same tensors to the same bits."""
     torch._dynamo.reset()  # its limit of recompilations counts all parametrisations together
     overload = getattr(BACKENDS[name](), op)
-    eager = calls(Inputs("odd", torch.float32, DEVICE[name]))[op]
+    eager = call_of(op, mixed, DEVICE[name])
     compiled = copied(list(eager))
     compiled[2 if op != "restore" else 1] = eager[2 if op != "restore" else 1]
 
@@ -73,52 +116,99 @@ def _tensors(arguments):
             yield from argument
 
 
-def replaced(call: tuple, position: int, value) -> list:
-    return [value if i == position else argument for i, argument in enumerate(call)]
-
-
 def strided(tensor):
     return torch.zeros(2 * tensor.numel(), dtype=tensor.dtype)[::2].view(tensor.shape)
 
 
+def second(wrong):
+    """A change of the second tensor of a list."""
+    return lambda tensors: [tensors[0], wrong(tensors[1]), *tensors[2:]]
+
+
+def int8(average):
+    return average.to(torch.int8)
+
+
+def scales(numel):
+    return lambda _: torch.ones(numel)
+
+
+# what: (op, {argument: what becomes of it}, message, dtype of the parameters where it is not float32)
 MISFITS = {
-    "params[1] of another dtype": (
-        "perturb",
-        0,
-        lambda c: [c[0][0], c[0][1].double(), *c[0][2:]],
-        r"params\[1\].*dtype",
+    "params[1] of another dtype": ("perturb", {"params": second(torch.Tensor.double)}, r"params\[1\].*dtype"),
+    "params[1] with gaps": ("restore", {"params": second(strided)}, r"params\[1\] has gaps"),
+    "a gradient less": ("perturb", {"grads": lambda grads: grads[1:]}, r"7 params but 6 grads"),
+    "grads[1] of another shape": ("perturb", {"grads": second(lambda g: g[1:])}, r"grads\[1\] has another shape"),
+    "grads[1] of another dtype": ("noise_norm", {"grads": second(torch.Tensor.double)}, r"grads\[1\].*dtype"),
+    "integer parameters": (
+        "restore",
+        {"params": lambda params: [p.int() for p in params]},
+        r"params\[0\] must be float64, float32",
     ),
-    "params[1] with gaps": ("restore", 0, lambda c: [c[0][0], strided(c[0][1]), *c[0][2:]], r"params\[1\] has gaps"),
-    "a gradient less": ("perturb", 1, lambda c: c[1][1:], r"7 params but 6 grads"),
-    "grads[1] of another shape": (
+    "an offset less": ("restore", {"offsets": lambda o: o[1:]}, "offsets must be"),
+    "int32 offsets": ("restore", {"offsets": torch.Tensor.int}, "offsets must be a contiguous int64"),
+    "negative offsets": ("restore", {"offsets": lambda o: o - 10**6}, "offsets must not be negative"),
+    "a short backup": ("restore", {"backup": lambda b: b[:100]}, "backup must be a contiguous float32 tensor of at"),
+    "a backup of another dtype": ("restore", {"backup": torch.Tensor.double}, "backup must be"),
+    "masters of float64": ("restore", {"backup": torch.Tensor.float}, "backup must be", torch.float64),
+    "short masters": ("restore_sgd", {"backup": lambda b: b[:100].float()}, "backup must be", torch.bfloat16),
+    "masters of the other 16-bit dtype": ("perturb", {"backup": torch.Tensor.half}, "backup must be", torch.bfloat16),
+    "a short average": ("noise_norm", {"ema": lambda m: m[:100]}, "ema must be"),
+    "a strided average": ("perturb", {"ema": lambda m: m.repeat_interleave(2)[::2]}, "ema must be a contiguous"),
+    "an average of another dtype": ("update_ema", {"ema": torch.Tensor.half}, "ema must be float32, bfloat16 or int8"),
+    "a compressed average of float64": (
         "perturb",
-        1,
-        lambda c: [c[1][0], c[1][2], *c[1][2:]],
-        r"grads\[1\] has another shape",
+        {"ema": torch.Tensor.bfloat16},
+        r"ema must be float32, bfloat16 or int8 \(float64 for float64",
+        torch.float64,
     ),
-    "grads[0] of another dtype": ("noise_norm", 1, lambda c: [c[1][0].double(), *c[1][1:]], r"grads\[0\].*dtype"),
-    "integer parameters": ("restore", 0, lambda c: [p.int() for p in c[0]], r"params\[0\] must be float64, float32"),
-    "an offset less": ("restore", 1, lambda c: c[1][1:], "offsets must be"),
-    "int32 offsets": ("restore", 1, lambda c: c[1].int(), "offsets must be a contiguous int64"),
-    "negative offsets": ("restore", 1, lambda c: c[1] - 10**6, "offsets must not be negative"),
-    "a short backup": ("restore", 2, lambda c: c[2][:100], "backup must be a contiguous buffer of at least"),
-    "a backup of another dtype": ("restore", 2, lambda c: c[2].double(), "backup must be"),
-    "a short average": ("noise_norm", 3, lambda c: c[3][:100], "ema must be"),
-    "a strided average": ("perturb", 3, lambda c: c[3].repeat_interleave(2)[::2], "ema must be a contiguous"),
-    "a short momentum buffer": ("restore_sgd", 4, lambda c: c[4][:100], "momentum_buffer must be"),
-    "a short second moment": ("restore_adam", 5, lambda c: c[5][:100], "exp_avg_sq must be"),
-    "a step count less": ("restore_adam", 6, lambda c: c[6][1:], "steps must be"),
-    "few partials": ("noise_norm", 9, lambda c: c[9][:5], "partials must be"),
-    "float32 stats": ("perturb", 5, lambda c: c[5].float(), "stats must be a contiguous float64"),
+    "an int8 average of float64": (
+        "noise_norm",
+        {"ema": int8, "ema_scale": scales(1000)},
+        r"\(float64 for float64",
+        torch.float64,
+    ),
+    "an int8 average without scales": ("noise_norm", {"ema": int8}, "an int8 ema needs ema_scale"),
+    "an int8 average between blocks": (
+        "update_ema",
+        {"ema": int8, "ema_scale": scales(1000)},
+        "each offset must be a multiple of 128",
+    ),
+    "few scales": (
+        "perturb",
+        {"ema": lambda m: int8(m.repeat(4)), "ema_scale": scales(8), "offsets": lambda o: o // 128 * 128},
+        "ema_scale must be a contiguous float32",
+    ),
+    "float64 scales": (
+        "perturb",
+        {"ema": int8, "ema_scale": lambda _: torch.ones(1000).double(), "offsets": lambda o: o // 128 * 128},
+        "ema_scale must be a contiguous float32",
+    ),
+    "a short momentum buffer": ("restore_sgd", {"momentum_buffer": lambda m: m[:100]}, "momentum_buffer must be"),
+    "a short second moment": ("restore_adam", {"exp_avg_sq": lambda v: v[:100]}, "exp_avg_sq must be"),
+    "a step count less": ("restore_adam", {"steps": lambda steps: steps[1:]}, "steps must be"),
+    "float rounding": ("restore_sgd", {"rounding": scales(2)}, "rounding must be a contiguous int64"),
+    "a seed without a step": (
+        "restore_adam",
+        {"rounding": lambda _: torch.ones(1, dtype=torch.int64)},
+        "rounding must be a contiguous int64 tensor of at least 2",
+        torch.bfloat16,
+    ),
+    "a short effect": ("perturb", {"effect": lambda e: e[:2]}, "effect must be"),
+    "another forward": ("perturb", {"forward": lambda _: 3}, "forward must be 0"),
+    "a narrower forward of float64": ("perturb", {"forward": lambda _: 1}, "and 0 for float64", torch.float64),
+    "few partials": ("noise_norm", {"partials": lambda p: p[:5]}, "partials must be"),
+    "float32 stats": ("perturb", {"stats": torch.Tensor.float}, "stats must be a contiguous float64"),
 }
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
 @pytest.mark.parametrize("name", DISPATCHED)
 def test_arguments_that_do_not_fit_change_nothing(name, misfit):
-    op, position, wrong, message = MISFITS[misfit]
-    call = calls(Inputs("odd", torch.float32, DEVICE[name]))[op]
-    call = replaced(call, position, wrong(call))
+    op, wrong, message, *dtype = MISFITS[misfit]
+    call = calls(Inputs("odd", *(dtype or [torch.float32]), DEVICE[name]))[op]
+    right = dict(zip(list(inspect.signature(getattr(ops, op)).parameters)[1:], call, strict=True))
+    call = replaced(op, call, {argument: change(right[argument]) for argument, change in wrong.items()})
     before = copied(list(call))
     with pytest.raises(RuntimeError, match=message):
         getattr(BACKENDS[name](), op)(*call)

@@ -12,7 +12,6 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fsam_ext import SAM, FriendlySAM, flatten_parameters
-from fsam_ext.flat_state import FlatState
 
 from .conformance import identical, unit
 from .official import OfficialFriendlySAM
@@ -215,10 +214,10 @@ def test_several_dtypes_in_one_optimizer():
 class OnTwoDevices(FriendlySAM):
     """Every other parameter counts as on `cpu:0`: another device than `cpu` to the optimizer, the same to torch."""
 
-    def _flat_state(self, param):
+    def _kind(self, group, param):
+        dtype, device, *rest = super()._kind(group, param)
         place = [q is param for q in self.param_groups[0]["params"]].index(True)
-        key = (param.dtype, torch.device("cpu", 0) if place % 2 else torch.device("cpu"))
-        return self._flats.setdefault(key, FlatState(*key))
+        return (dtype, torch.device("cpu", 0) if place % 2 else device, *rest)
 
 
 @pytest.mark.parametrize("base", ["sgd_momentum", "adamw"])

@@ -66,12 +66,12 @@ def test_a_whole_step_on_any_input(problem, adaptive):
     before, weights = average.clone(), [p.clone() for p in params]
     exact = torch.zeros(5, dtype=torch.float64)
     doubles = [[t.double() for t in tensors] for tensors in (params, grads)]
-    reference.noise_norm(*doubles, offsets, average.double(), None, 0.9, 0.9, adaptive, False, None, exact)
+    reference.noise_norm(*doubles, offsets, average.double(), None, None, 0.9, 0.9, adaptive, False, None, exact)
 
     backend = BACKENDS["cpu"]()
     partials = torch.full((ops.count_chunks(p.numel() for p in params) * 5,), math.nan, dtype=state_dtype)
     stats = torch.full((5,), math.nan, dtype=torch.float64)
-    ops.noise_norm(backend, params, grads, offsets, average, None, 0.9, 0.9, adaptive, False, partials, stats)
+    ops.noise_norm(backend, params, grads, offsets, average, None, None, 0.9, 0.9, adaptive, False, partials, stats)
     finite = all(g.isfinite().all() for g in grads)
     overflows = not bool(torch.isfinite(exact[0])) or exact[0] > 1e37  # squares beyond float32 count as not finite
     assert stats[4] == sum(int((~g.isfinite()).sum()) for g in grads)
@@ -90,8 +90,8 @@ def test_a_whole_step_on_any_input(problem, adaptive):
         assert abs(stats[0] - exact[0]) <= SUMMANDS * unit(state_dtype) * magnitude + tiny
 
     backup = torch.full((positions[-1] + 1,), math.nan, dtype=dtype)
-    options = (stats, None, 0.1, None, 0.9, 0.9, 1e-12, adaptive, False)
-    ops.perturb(backend, params, grads, offsets, average, backup, *options)
+    options = (stats, None, 0.1, None, 0.9, 0.9, 1e-12, adaptive, False, True, 0, None)
+    ops.perturb(backend, params, grads, offsets, average, None, backup, *options)
     if not stats[0].isfinite():
         assert all(map(identical, params, weights)) and identical(average, before)
     ops.restore(backend, params, offsets, backup)

@@ -34,13 +34,13 @@ def overload(name: str):
 
 
 class Case:
-    """Rows of given shapes, with all the state that the five ops want."""
+    """Rows of given shapes, with all the state that the six ops want."""
 
-    def __init__(self, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, alignment: int = 32) -> None:
         self.params = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
         self.grads = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
         numels = [p.numel() for p in self.params]
-        slices = [-(-numel // 32) * 32 for numel in numels]
+        slices = [-(-numel // alignment) * alignment for numel in numels]
         self.offsets = torch.tensor([sum(slices[:i]) for i in range(len(slices))], dtype=torch.int64)
         self.numel = sum(slices)
         state = {"dtype": ops.compute_dtype(dtype), "device": DEVICE}
@@ -51,19 +51,38 @@ class Case:
         self.partials = torch.full((ops.count_chunks(numels) * ops.STATISTICS,), torch.nan, **state)
         self.stats = torch.ones(ops.STATISTICS, dtype=torch.float64, device=DEVICE)
         self.one = torch.ones((), device=DEVICE)
+        self.ema_scale = self.effect = self.rounding = None
+        self.forward = 0
 
     def arguments(self, name: str) -> tuple:
         p, g, o = self.params, self.grads, self.offsets
         rate = (0.1, None)
         after = (self.stats, self.one, None, *rate)
         return {
-            "noise_norm": (p, g, o, self.ema, self.one, 0.8, 0.9, True, False, self.partials, self.stats),
-            "perturb": (p, g, o, self.ema, self.backup, self.stats, self.one, 0.1, None, 0.8, 0.9, 0.0, False, True),
+            "noise_norm": (
+                p,
+                g,
+                o,
+                self.ema,
+                self.ema_scale,
+                self.one,
+                0.8,
+                0.9,
+                True,
+                False,
+                self.partials,
+                self.stats,
+            ),
+            "perturb": (
+                *(p, g, o, self.ema, self.ema_scale, self.backup, self.stats, self.one),
+                *(0.1, None, 0.8, 0.9, 0.0, False, True, True, self.forward, self.effect),
+            ),
+            "update_ema": (p, g, o, self.ema, self.ema_scale, self.stats, self.one, None, 0.9),
             "restore": (p, o, self.backup),
-            "restore_sgd": (p, g, o, self.backup, self.momentum, *after, 0.9, 0.0, 0.01, True, False),
+            "restore_sgd": (p, g, o, self.backup, self.momentum, *after, 0.9, 0.0, 0.01, True, False, self.rounding),
             "restore_adam": (
                 *(p, g, o, self.backup, self.exp_avg, self.exp_avg_sq, self.steps, *after),
-                *(0.9, 0.999, 1e-8, 0.01, True, False),
+                *(0.9, 0.999, 1e-8, 0.01, True, False, self.rounding),
             ),
         }[name]
 
@@ -97,11 +116,14 @@ def test_opcheck(name):
 
 
 def step(params, grads, offsets, ema, backup, momentum, partials, stats):
-    overload("noise_norm")(params, grads, offsets, ema, None, 1.0, 0.9, False, False, partials, stats)
-    overload("perturb")(params, grads, offsets, ema, backup, stats, None, 0.1, None, 1.0, 0.9, 0.0, False, False)
+    overload("noise_norm")(params, grads, offsets, ema, None, None, 1.0, 0.9, False, False, partials, stats)
+    overload("perturb")(
+        *(params, grads, offsets, ema, None, backup, stats, None),
+        *(0.1, None, 1.0, 0.9, 0.0, False, False, True, 0, None),
+    )
     doubled = [2 * grad for grad in grads]
     overload("restore_sgd")(
-        params, doubled, offsets, backup, momentum, stats, None, None, 0.1, None, 0.9, 0.0, 0.0, False, False
+        params, doubled, offsets, backup, momentum, stats, None, None, 0.1, None, 0.9, 0.0, 0.0, False, False, None
     )
     return [param.square().sum() for param in params]
 
@@ -248,7 +270,7 @@ def test_16_bit_results_are_rounded_as_torch_rounds(dtype):
     case.momentum[: values.numel()] = values
     overload("restore_sgd")(
         *(case.params, case.grads, case.offsets, None, case.momentum, None, None, None),
-        *(-1.0, None, 1.0, 0.0, 0.0, False, False),
+        *(-1.0, None, 1.0, 0.0, 0.0, False, False, None),
     )
     assert torch.equal(case.params[0], values.to(dtype))
 
@@ -258,7 +280,7 @@ def test_a_nan_survives_the_rounding():
     case.params[0].view(torch.int16).copy_(torch.tensor([0x7FFF, 0x7F81, -1, 0x7FC0] * 2))
     overload("restore_sgd")(
         *(case.params, case.grads, case.offsets, None, None, None, None, None),
-        *(0.1, None, 0.0, 0.0, 0.0, False, False),
+        *(0.1, None, 0.0, 0.0, 0.0, False, False, None),
     )
     assert case.params[0].isnan().all()
 
@@ -272,14 +294,9 @@ def test_the_bias_correction_is_that_of_fp64_for_long_runs():
     torch.testing.assert_close(case.params, expected[0], rtol=1e-13, atol=1e-13)
 
 
-@NEEDS_CPU_LIBRARY
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", ["perturb", "restore", "restore_sgd", "restore_adam"])
-def test_given_the_norm_the_bits_are_those_of_the_compiled_cpu_backend(name, dtype):
-    case = Case((5000,), (33, 5), dtype=dtype)
+def assert_same_bits_as_the_cpu_backend(case: Case, name: str) -> None:
     case.stats.fill_(3.7)
     case.one.fill_(3.0)  # a loss scale whose inverse is rounded
-    case.momentum[:7] = case.ema[:7] = torch.nan
     ours = case.arguments(name)
     theirs = [[t.cpu() for t in clones(a)] if isinstance(a, list) else clones(a) for a in ours]
     theirs = [a.cpu() if isinstance(a, torch.Tensor) else a for a in theirs]
@@ -290,14 +307,54 @@ def test_given_the_norm_the_bits_are_those_of_the_compiled_cpu_backend(name, dty
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, check_device=False, msg=f"argument {i}")
 
 
+@NEEDS_CPU_LIBRARY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["perturb", "update_ema", "restore", "restore_sgd", "restore_adam"])
+def test_given_the_norm_the_bits_are_those_of_the_compiled_cpu_backend(name, dtype):
+    case = Case((5000,), (33, 5), dtype=dtype)
+    case.momentum[:7] = case.ema[:7] = torch.nan
+    assert_same_bits_as_the_cpu_backend(case, name)
+
+
+@NEEDS_CPU_LIBRARY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("name", ["perturb", "update_ema"])
+def test_compressed_averages_have_the_bits_of_the_compiled_cpu_backend(name, stored, dtype):
+    case = Case((5000,), (33, 5), (64, 64), dtype=dtype, alignment=ops.QUANTIZED)
+    case.ema = (100 * case.ema).to(stored)
+    if stored == torch.int8:
+        case.ema_scale = torch.rand(case.numel // ops.QUANTIZED, device=DEVICE) * 1e-3
+        case.ema_scale[::3] = torch.nan
+    for grad in case.grads:
+        grad[..., 0] = 0.0
+        if name == "update_ema":
+            grad[..., -1] = torch.inf
+    case.grads[2].mul_(2.0**-14), case.ema[-4096:].zero_()  # subnormal in float16
+    assert_same_bits_as_the_cpu_backend(case, name)
+
+
+@NEEDS_CPU_LIBRARY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["masters", "rounding"])
+@pytest.mark.parametrize("name", ["perturb", "restore", "restore_sgd", "restore_adam"])
+def test_masters_and_rounding_have_the_bits_of_the_compiled_cpu_backend(name, how, dtype):
+    case = Case((5000,), (33, 5), dtype=dtype)
+    if how == "masters":
+        case.backup = torch.randn(case.numel, device=DEVICE)
+    else:
+        case.rounding = torch.tensor([-5, 2**40 + 1], device=DEVICE)
+    assert_same_bits_as_the_cpu_backend(case, name)
+
+
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
-def changed(**changes):
+def changed(dtype=torch.float32, **changes):
     """A function that makes a case and replaces attributes of it."""
 
     def make() -> Case:
-        case = Case((4, 6), (10,))
+        case = Case((4, 6), (10,), dtype=dtype)
         for name, change in changes.items():
             value = getattr(case, name)
             setattr(case, name, [*value[:-1], change(value[-1])] if isinstance(value, list) else change(value))
@@ -327,6 +384,28 @@ BAD_CALLS = {
     "short partials": ("noise_norm", changed(partials=lambda t: t[:4])),
     "stats dtype": ("noise_norm", changed(stats=lambda t: t.float())),
     "integer scale": ("perturb", changed(one=lambda t: t.long())),
+    "half average": ("update_ema", changed(ema=lambda t: t.half())),
+    "compressed average of fp64": ("perturb", changed(torch.float64, ema=lambda t: t.bfloat16())),
+    "no scales": ("noise_norm", changed(ema=lambda t: t.to(torch.int8))),
+    "int8 rows between blocks": (
+        "update_ema",
+        changed(ema=lambda t: t.to(torch.int8), ema_scale=lambda t: torch.ones(1, device=DEVICE)),
+    ),
+    "few scales": (
+        "perturb",
+        changed(
+            offsets=lambda t: t * 4,
+            ema=lambda t: torch.zeros(256, dtype=torch.int8, device=DEVICE),
+            ema_scale=lambda t: torch.ones(1, device=DEVICE),
+        ),
+    ),
+    "masters of fp64": ("restore", changed(torch.float64, backup=lambda t: t.float())),
+    "short masters": ("restore_sgd", changed(torch.bfloat16, backup=lambda t: t.float()[:30])),
+    "short effect": ("perturb", changed(effect=lambda t: torch.zeros(5, device=DEVICE))),
+    "forward": ("perturb", changed(forward=lambda number: 3)),
+    "forward of fp64": ("perturb", changed(torch.float64, forward=lambda number: 1)),
+    "float rounding": ("restore_adam", changed(rounding=lambda t: torch.zeros(2, device=DEVICE))),
+    "short rounding": ("restore_sgd", changed(rounding=lambda t: torch.zeros(1, dtype=torch.int64, device=DEVICE))),
 }
 
 
@@ -399,10 +478,27 @@ REST = [
     *((name, "float64") for name in ("noise_norm", "perturb")),
     *(("restore", "float16"), ("restore_sgd", "bfloat16"), ("restore_adam", "float32"), ("sum_partials", "float32")),
 ]
+# What averages in other dtypes, masters, stochastic rounding and the effect of a perturbation make of a kernel.
+VARIANTS = [
+    ("noise_norm", "float32", "int8"),
+    ("noise_norm", "bfloat16", "bfloat16"),
+    ("perturb", "float32", "int8"),
+    ("perturb", "float16", "bfloat16"),
+    ("perturb", "bfloat16", "masters"),
+    ("perturb", "bfloat16", "effect"),
+    ("update_ema", "float32", ""),
+    ("update_ema", "bfloat16", "int8"),
+    ("restore", "bfloat16", "masters"),
+    ("restore_sgd", "bfloat16", "masters"),
+    ("restore_sgd", "float16", "rounding"),
+    ("restore_adam", "bfloat16", "rounding"),
+]
+# (kernel, dtype, variant, target, table)
 COMPILED = [
-    *((*kernel, target, True) for target in TARGETS for kernel in [*MAIN, ("restore_adam", "bfloat16")]),
-    *((*kernel, target, True) for target in ("sm_90", "gfx942") for kernel in REST),
-    *((*kernel, target, False) for target in ("sm_90", "gfx942") for kernel in MAIN[-1:]),
+    *((*kernel, "", target, True) for target in TARGETS for kernel in [*MAIN, ("restore_adam", "bfloat16")]),
+    *((*kernel, "", target, True) for target in ("sm_90", "gfx942") for kernel in REST),
+    *((*kernel, target, True) for target in ("sm_90", "gfx942") for kernel in VARIANTS),
+    *((*kernel, "", target, False) for target in ("sm_90", "gfx942") for kernel in MAIN[-1:]),
 ]
 
 
@@ -418,19 +514,17 @@ def compiled(tmp_path_factory) -> dict[tuple, dict[str, int]]:
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: "-".join(map(str, case)))
 def test_compiled_code(compiled, case):
     """No spills, 128-bit accesses for whole chunks, little shared memory, no contraction, IEEE division and roots."""
-    name, dtype, target, _ = case
+    from . import triton_compiled
+
+    name, dtype, variant, _, _ = case
     facts = compiled[case]
     assert facts["spills"] == 0
     assert facts["fused"] == 0
     assert facts["approximate"] == 0
     # Tiles pass through it to another layout, 8 bytes an element at most; a sum leaves one number for each warp.
     assert facts["shared"] <= (128 if name in ("noise_norm", "sum_partials") else 4096)
-    if name == "sum_partials":
-        return
-    from . import triton_compiled
-
-    for fact, tensors in (("vector_loads", triton_compiled.READS), ("vector_stores", triton_compiled.WRITES)):
-        needed = triton_compiled.vector_accesses(name, dtype, tensors[name])
+    for fact, tensors in (("vector_loads", triton_compiled.reads), ("vector_stores", triton_compiled.writes)):
+        needed = triton_compiled.vector_accesses(name, dtype, tensors(name, variant), variant)
         # A compiler may unroll the loop over tiles; every tile then has its own.
         assert facts[fact] >= needed and facts[fact] % max(needed, 1) == 0, fact
     if name == "noise_norm":

@@ -11,9 +11,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -30,38 +32,108 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
-DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+NAMES_IN_TRITON = {
+    "float64": "fp64",
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "int64": "i64",
+    "int32": "i32",
+    "int8": "i8",
+}
 NAMES = (*ops.NAMES, "sum_partials")
+ASCENT = ("noise_norm", "perturb", "update_ema")  # whose m is the average
 
-# Tensors that a pass reads and writes at full length: of the parameters' dtype, and of the state's.
-READS = {"noise_norm": "gm", "perturb": "wgm", "restore": "b", "restore_sgd": "bgm", "restore_adam": "bgmv"}
-WRITES = {"noise_norm": "", "perturb": "wbm", "restore": "w", "restore_sgd": "wm", "restore_adam": "wmv"}
+# What a kernel may be compiled for beside the plain case: an average in another dtype, masters, stochastic rounding,
+# and the sums that tell the effect of a perturbation.
+VARIANTS = {
+    "noise_norm": ("bfloat16", "int8"),
+    "perturb": ("bfloat16", "int8", "masters", "effect"),
+    "update_ema": ("bfloat16", "int8"),
+    "restore": ("masters",),
+    "restore_sgd": ("masters", "rounding"),
+    "restore_adam": ("masters", "rounding"),
+    "sum_partials": (),
+}
+OF_HALVES = ("masters", "rounding")  # only 16-bit parameters have these
+
+# Tensors that a pass reads and writes at full length: w, g, the backup b; state m (the average or a momentum) and v.
+READS = {
+    "noise_norm": "gm",
+    "perturb": "wgm",
+    "update_ema": "gm",
+    "restore": "b",
+    "restore_sgd": "bgm",
+    "restore_adam": "bgmv",
+    "sum_partials": "",
+}
+WRITES = {
+    "noise_norm": "",
+    "perturb": "wbm",
+    "update_ema": "m",
+    "restore": "w",
+    "restore_sgd": "wm",
+    "restore_adam": "wmv",
+    "sum_partials": "",
+}
+# Masters are where the ascent starts from, and what the updates write.
+READS_OF_MASTERS = {"perturb": "bgm"}
+WRITES_OF_MASTERS = {"perturb": "wm", "restore_sgd": "wbm", "restore_adam": "wbmv"}
 
 
-def compiled(name: str, dtype: str, target: GPUTarget, table: bool = True):
-    """The kernel as a GPU would get it: with an average, momentum and weight decay, the table or one row."""
-    stored = DTYPES[dtype]
+def reads(name: str, variant: str) -> str:
+    return READS_OF_MASTERS.get(name, READS[name]) if variant == "masters" else READS[name]
+
+
+def writes(name: str, variant: str) -> str:
+    return WRITES_OF_MASTERS.get(name, WRITES[name]) if variant == "masters" else WRITES[name]
+
+
+def tensor_dtypes(name: str, dtype: str, variant: str) -> dict[str, torch.dtype]:
+    """The dtypes of w, g, b, m and v."""
+    stored = getattr(torch, dtype)
+    state = ops.compute_dtype(stored)
+    average = getattr(torch, variant) if name in ASCENT and variant in ("bfloat16", "int8") else state
+    return {"w": stored, "g": stored, "b": state if variant == "masters" else stored, "m": average, "v": state}
+
+
+def compiled(name: str, dtype: str, variant: str, target: GPUTarget, table: bool = True):
+    """The kernel as a GPU would get it: with an average, momentum and weight decay, the table or one row.
+
+    ``variant`` is "" or one of VARIANTS.
+    """
     torch_dtype = getattr(torch, dtype)
-    state_dtype = ops.compute_dtype(torch_dtype)
-    state = DTYPES[str(state_dtype).removeprefix("torch.")]
+    types = {key: str(of).removeprefix("torch.") for key, of in tensor_dtypes(name, dtype, variant).items()}
+    state = str(ops.compute_dtype(torch_dtype)).removeprefix("torch.")
+    average = types["m"] if name in ASCENT else state
     constants = {
-        "T": backend._TRITON_DTYPES[torch_dtype],
-        "S": backend._TRITON_DTYPES[state_dtype],
+        **{letter: getattr(tl, of) for letter, of in zip("TSMB", (dtype, state, average, types["b"]), strict=True)},
         "BLOCK": backend.SUM_BLOCK if name == "sum_partials" else backend.tile(torch_dtype),
         **dict.fromkeys(("ADAPTIVE", "UPDATED", "NESTEROV", "MAXIMIZE", "DECOUPLED"), False),
-        "DECAY": True,
+        **dict.fromkeys(("DECAY", "FEEDS"), True),
+        "FORWARD": 1 if variant == "effect" else 0,
         **dict.fromkeys(("params", "grads") if table else ("table", "rows_of_chunks")),
         **dict.fromkeys(("grad_scale", "found_inf", "lr_tensor", "rho_tensor")),
+        **{
+            argument: None
+            for argument, needs in (("ema_scale", "int8"), ("rounding", "rounding"), ("effect", "effect"))
+            if variant != needs
+        },
     }
     if name == "restore":
         constants["grads"] = None
     pointers = {
-        **dict.fromkeys(("params", "grads", "backup"), f"*{stored}"),
-        **dict.fromkeys(("ema", "momentum_buffer", "exp_avg", "exp_avg_sq", "partials"), f"*{state}"),
-        "stats": "*fp64",
-        "steps": "*fp32",
-        "table": "*i64",
-        "rows_of_chunks": "*i32",
+        **dict.fromkeys(("params", "grads"), dtype),
+        "backup": types["b"],
+        "ema": average,
+        **dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_sq", "partials", "effect"), state),
+        "ema_scale": "float32",
+        "steps": "float32",
+        "stats": "float64",
+        "table": "int64",
+        "rounding": "int64",
+        "rows_of_chunks": "int32",
     }
     kernel = getattr(kernels, name)
     signature, constexprs, attributes = {}, {}, {}
@@ -69,7 +141,7 @@ def compiled(name: str, dtype: str, target: GPUTarget, table: bool = True):
         if argument in constants:
             signature[argument], constexprs[(i,)] = "constexpr", constants[argument]
         elif argument in pointers:
-            signature[argument], attributes[(i,)] = pointers[argument], [["tt.divisibility", 16]]
+            signature[argument], attributes[(i,)] = f"*{NAMES_IN_TRITON[pointers[argument]]}", [["tt.divisibility", 16]]
         else:
             signature[argument] = "i64" if argument in ("numel", "offset", "chunks") else "fp64"
     options = {"num_warps": backend.threads(name, torch_dtype) // target.warp_size, "enable_fp_fusion": False}
@@ -77,13 +149,13 @@ def compiled(name: str, dtype: str, target: GPUTarget, table: bool = True):
     return triton.compile(source, target=target, options=options)
 
 
-def vector_accesses(name: str, dtype: str, tensors: str) -> int:
-    """128-bit accesses that one thread needs for its elements of `tensors` in one tile."""
+def vector_accesses(name: str, dtype: str, tensors: str, variant: str = "") -> int:
+    """128-bit accesses that one thread needs for its elements of ``tensors`` in one tile, narrower ones left out."""
     torch_dtype = getattr(torch, dtype)
     elements = ops.CHUNK if name == "noise_norm" else backend.tile(torch_dtype)
-    size = {"m": ops.compute_dtype(torch_dtype).itemsize, "v": ops.compute_dtype(torch_dtype).itemsize}
     per_thread = elements // backend.threads(name, torch_dtype)
-    return sum(per_thread * size.get(tensor, torch_dtype.itemsize) // 16 for tensor in tensors)
+    dtypes = tensor_dtypes(name, dtype, variant)
+    return sum(per_thread * dtypes[tensor].itemsize // 16 for tensor in tensors)
 
 
 def _count(pattern: str, text: str) -> int:
@@ -127,8 +199,8 @@ def amd_facts(kernel) -> dict[str, int]:
     }
 
 
-def facts(name: str, dtype: str, target: str, table: bool = True) -> dict[str, int]:
-    kernel = compiled(name, dtype, TARGETS[target], table)
+def facts(name: str, dtype: str, variant: str, target: str, table: bool = True) -> dict[str, int]:
+    kernel = compiled(name, dtype, variant, TARGETS[target], table)
     layouts = kernel.asm["ttgir"]
     return {
         **(nvidia_facts if "cubin" in kernel.asm else amd_facts)(kernel),
@@ -137,25 +209,35 @@ def facts(name: str, dtype: str, target: str, table: bool = True) -> dict[str, i
     }
 
 
+def rows() -> Iterator[tuple[str, str, str]]:
+    """Kernels, dtypes and variants of the table; float16 differs from bfloat16 by its conversions only."""
+    for name in NAMES:
+        yield from ((name, dtype, "") for dtype in DTYPES)
+        for variant in VARIANTS[name]:
+            yield from (
+                (name, dtype, variant) for dtype in DTYPES[1:3] if dtype != "float32" or variant not in OF_HALVES
+            )
+
+
 def main() -> None:
     if "--json" in sys.argv:
         wanted = json.load(sys.stdin)
         print(json.dumps([facts(*case) for case in wanted]))
         return
     print(f"triton {triton.__version__}: registers of a thread on each target")
-    print("| kernel | dtype | threads | 128-bit loads, stores | shared memory | spills |", *(f"{t} |" for t in TARGETS))
-    print("|---|---|---|---|---|---|" + "---|" * len(TARGETS))
-    for name in NAMES:
-        for dtype in DTYPES:
-            found = [facts(name, dtype, target) for target in TARGETS]
-            shared, spills = (max(fact[key] for fact in found) for key in ("shared", "spills"))
-            vectors = [vector_accesses(name, dtype, table.get(name, "")) for table in (READS, WRITES)]
-            print(
-                f"| {name} | {dtype} | {backend.threads(name, getattr(torch, dtype))} |",
-                f"{vectors[0]}, {vectors[1]} | {shared} B | {spills} |",
-                *(f"{fact['registers']} |" for fact in found),
-                flush=True,
-            )
+    print("| kernel | dtype | variant | threads | 128-bit loads, stores | shared memory | spills |", end=" ")
+    print(*(f"{target} |" for target in TARGETS))
+    print("|---|---|---|---|---|---|---|" + "---|" * len(TARGETS))
+    for name, dtype, variant in rows():
+        found = [facts(name, dtype, variant, target) for target in TARGETS]
+        shared, spills = (max(fact[key] for fact in found) for key in ("shared", "spills"))
+        vectors = [vector_accesses(name, dtype, tensors(name, variant), variant) for tensors in (reads, writes)]
+        print(
+            f"| {name} | {dtype} | {variant} | {backend.threads(name, getattr(torch, dtype))} |",
+            f"{vectors[0]}, {vectors[1]} | {shared} B | {spills} |",
+            *(f"{fact['registers']} |" for fact in found),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ constexpr int kParts = kLaneBytes / kVectorBytes;
 template <class E>
 struct Vector {
   typedef E type __attribute__((vector_size(kVectorBytes)));
-  typedef E packed __attribute__((vector_size(kVectorBytes / 2)));  // for 16-bit E: as many as 32-bit lanes
+  typedef E packed __attribute__((vector_size(kVectorBytes / 4 * sizeof(E))));  // as many as 32-bit lanes
 };
 
 // One bit pattern of all ones or zeros for each lane.
@@ -72,6 +72,7 @@ struct Lanes {
   FSAM_LANES_OPERATOR(/)
   FSAM_LANES_OPERATOR(&)
   FSAM_LANES_OPERATOR(|)
+  FSAM_LANES_OPERATOR(^)
   FSAM_LANES_OPERATOR(<<)
   FSAM_LANES_OPERATOR(>>)
 #undef FSAM_LANES_OPERATOR
@@ -176,6 +177,35 @@ FSAM_FN Lanes<float> number(Lanes<uint32_t> integers) {
   return r;
 }
 
+// Towards zero, for values in [0, 2^31).
+FSAM_FN Lanes<uint32_t> integer(Lanes<float> x) {
+  Lanes<uint32_t> r;
+  typedef int32_t Signed __attribute__((vector_size(kVectorBytes)));
+  for (int k = 0; k < kParts; ++k) r.part[k] = (Vector<uint32_t>::type) __builtin_convertvector(x.part[k], Signed);
+  return r;
+}
+
+// start, start + 1, start + 2, ...
+FSAM_FN Lanes<uint32_t> counting_from(uint32_t start) {
+  alignas(kLaneBytes) static const uint32_t kFirst[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Lanes<uint32_t> r;
+  for (int k = 0; k < kParts; ++k) memcpy(&r.part[k], kFirst + k * (kVectorBytes / 4), kVectorBytes);
+  return r + start;
+}
+
+// What the averages of eight bits ask
+FSAM_FN Lanes<float> largest_magnitude(Lanes<float> largest, Lanes<float> x) {
+  const Lanes<float> magnitude = select(x < Lanes<float>(0), -x, x);
+  return select(magnitude > largest, magnitude, largest);
+}
+FSAM_FN float largest_of(Lanes<float> x) {
+  float lane[Lanes<float>::kCount];
+  memcpy(lane, &x, sizeof lane);
+  float largest = lane[0];
+  for (const float value : lane) largest = value > largest ? value : largest;
+  return largest;
+}
+
 // ---- Memory
 // ----------------------------------------------------------------------------------------------------
 
@@ -191,6 +221,10 @@ struct Packed<bfloat16> {
 template <>
 struct Packed<half> {
   Vector<uint16_t>::packed part[kParts];
+};
+template <>
+struct Packed<int8_t> {
+  Vector<int8_t>::packed part[kParts];
 };
 
 template <class T>
@@ -209,6 +243,10 @@ FSAM_FN lanes_t<T> widen(const Packed<T>& x) {
     return widen_bfloat16(zero_extend(x.part));
   } else if constexpr (std::is_same_v<T, half>) {
     return widen_half(zero_extend(x.part));
+  } else if constexpr (std::is_same_v<T, int8_t>) {
+    Lanes<float> r;
+    for (int k = 0; k < kParts; ++k) r.part[k] = __builtin_convertvector(x.part[k], Vector<float>::type);
+    return r;
   } else {
     lanes_t<T> r;
     for (int k = 0; k < kParts; ++k) r.part[k] = x.part[k];
@@ -216,20 +254,31 @@ FSAM_FN lanes_t<T> widen(const Packed<T>& x) {
   }
 }
 template <class T>
-FSAM_FN Packed<T> narrow(lanes_t<T> x) {
+FSAM_FN Packed<T> low_bits(Lanes<uint32_t> bits) {
   Packed<T> r;
-  if constexpr (sizeof(T) == 2) {
-    Lanes<uint32_t> bits;
-    if constexpr (std::is_same_v<T, bfloat16>) {
-      bits = narrow_bfloat16(x);
-    } else {
-      bits = narrow_half(x);
-    }
-    for (int k = 0; k < kParts; ++k) r.part[k] = __builtin_convertvector(bits.part[k], Vector<uint16_t>::packed);
-  } else {
-    for (int k = 0; k < kParts; ++k) r.part[k] = x.part[k];
-  }
+  for (int k = 0; k < kParts; ++k)
+    r.part[k] = __builtin_convertvector(bits.part[k], std::remove_reference_t<decltype(r.part[k])>);
   return r;
+}
+template <class T>
+FSAM_FN Packed<T> narrow(lanes_t<T> x) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return low_bits<T>(narrow_bfloat16(x));
+  } else if constexpr (std::is_same_v<T, half>) {
+    return low_bits<T>(narrow_half(x));
+  } else {
+    Packed<T> r;
+    for (int k = 0; k < kParts; ++k) r.part[k] = x.part[k];
+    return r;
+  }
+}
+template <class T>
+FSAM_FN Packed<T> narrow_stochastically(lanes_t<T> x, Lanes<uint32_t> random) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return low_bits<T>(narrow_bfloat16_stochastically(x, random));
+  } else {
+    return low_bits<T>(narrow_half_stochastically(x, random));
+  }
 }
 
 // A store that does not read its line into the cache first. The caller fences once it is done.

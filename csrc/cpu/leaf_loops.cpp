@@ -17,19 +17,62 @@ FSAM_FN void for_lanes(int64_t n, const Body& body) {
 
 #define FSAM_BODY [&](int64_t i, auto access) __attribute__((always_inline))
 
-template <class T, Ema kEma, bool kAdaptive>
-void noise_norm(const T* w, const T* g, const compute_t<T>* ema, int64_t n, const AscentScalars<compute_t<T>>& scalars,
-                compute_t<T>* out) {
+// A group of lanes of an average; unset (NaN) where its block's scale is.
+template <class T, class M, class Access>
+FSAM_FN lanes_t<T> load_average(const AverageSlice<M>& ema, int64_t i, Access access) {
+  if constexpr (!has_average<M>) {
+    return lanes_t<T>(0);
+  } else if constexpr (is_quantized<M>) {
+    return widen<M>(access.load(ema.data + i)) * lanes_t<T>(ema.scales[i / kQuantized]);
+  } else {
+    return widen<M>(access.load(ema.data + i));
+  }
+}
+
+// Calls body(i, access), which returns the new average, for each group of lanes, and stores what it returns where
+// `feeds`. A quantized average is stored a block at a time, once its largest element is known.
+template <class T, class M, class Body>
+FSAM_FN void for_averages(const AverageSlice<M>& ema, int64_t n, bool feeds, const Body& body) {
+  if constexpr (is_quantized<M>) {
+    for (int64_t start = 0; start < n; start += kQuantized) {
+      const int64_t count = n - start < kQuantized ? n - start : kQuantized;
+      lanes_t<T> fresh[kQuantized / kCount<T>];
+      lanes_t<T> largest(0);
+      for_lanes<T>(
+          count, FSAM_BODY {
+            fresh[i / kCount<T>] = known(body(start + i, access));
+            largest = largest_magnitude(largest, fresh[i / kCount<T>]);
+          });
+      if (!feeds) continue;
+      const float scale = quantization_scale(largest_of(largest)), inverse = inverse_quantization_scale(scale);
+      ema.scales[start / kQuantized] = scale;
+      for_lanes<T>(
+          count,
+          FSAM_BODY { access.store(ema.data + start + i, low_bits<M>(quantized(fresh[i / kCount<T>], inverse))); });
+    }
+  } else {
+    for_lanes<T>(
+        n, FSAM_BODY {
+          const lanes_t<T> fresh = body(i, access);
+          if constexpr (has_average<M>) {
+            if (feeds) access.store(ema.data + i, narrow<M>(fresh));
+          }
+        });
+  }
+}
+
+template <class T, class M>
+void noise_norm(const T* w, const T* g, const AverageSlice<M>& ema, int64_t n,
+                const AscentScalars<compute_t<T>>& scalars, compute_t<T>* out) {
   using V = lanes_t<T>;
   using S = compute_t<T>;
   const AscentScalars<S> s = scalars;
   Statistics<V> sums;
   for_lanes<T>(
       n, FSAM_BODY {
-        V weight(0), average(0);
-        if constexpr (kAdaptive) weight = widen<T>(access.load(w + i));
-        if constexpr (kEma != Ema::none) average = widen<S>(access.load(ema + i));
-        accumulate<kEma, kAdaptive>(sums, weight, widen<T>(access.load(g + i)), average, s);
+        V weight(0);
+        if (s.adaptive) weight = widen<T>(access.load(w + i));
+        accumulate<has_average<M>>(sums, weight, widen<T>(access.load(g + i)), load_average<T>(ema, i, access), s);
       });
   out[0] = sum(sums.noise_sq);
   out[1] = sum(sums.grad_sq);
@@ -38,74 +81,139 @@ void noise_norm(const T* w, const T* g, const compute_t<T>* ema, int64_t n, cons
   out[4] = sum(sums.nonfinite);
 }
 
-template <class T, Ema kEma, bool kAdaptive, bool kStream>
-void perturb(T* w, const T* g, compute_t<T>* ema, T* backup, int64_t n, const AscentScalars<compute_t<T>>& scalars) {
+// What the forward pass sees of weights that are stored as T.
+template <class T>
+FSAM_FN lanes_t<T> seen(const Packed<T>& stored, Forward forward) {
+  const lanes_t<T> x = widen<T>(stored);
+  if constexpr (sizeof(compute_t<T>) == 4) {
+    if (forward == Forward::bfloat16) return widen<bfloat16>(narrow<bfloat16>(x));
+    if (forward == Forward::half) return widen<half>(narrow<half>(x));
+  }
+  return x;
+}
+
+template <class T, class M, bool kMaster, bool kEffect, bool kStream>
+void perturb(T* w, const T* g, const AverageSlice<M>& ema, T* backup, const compute_t<T>* master, int64_t n,
+             const AscentScalars<compute_t<T>>& scalars, bool feeds, Forward forward, compute_t<T>* out) {
   using V = lanes_t<T>;
   using S = compute_t<T>;
   const AscentScalars<S> s = scalars;
-  for_lanes<T>(
-      n, FSAM_BODY {
-        const Packed<T> stored = access.load(w + i);
-        const V gradient = widen<T>(access.load(g + i)) * s.inverse_scale;
-        V average(0);
-        if constexpr (kEma != Ema::none) average = widen<S>(access.load(ema + i));
-        const V d = noise<kEma>(gradient, average, s);
-        access.store(w + i, narrow<T>(perturbed<kAdaptive>(widen<T>(stored), d, s.step_length)));
-        if constexpr (kEma != Ema::none) {
-          access.store(ema + i, narrow<S>(ema_update(average, gradient, s.lmbda, s.one_minus_lmbda)));
-        }
-        if constexpr (kStream) {
-          access.stream(backup + i, stored);
+  Effect<V> effect;
+  for_averages<T>(
+      ema, n, feeds, FSAM_BODY {
+        Packed<T> before;
+        V start;
+        if constexpr (kMaster) {
+          start = widen<S>(access.load(master + i));
+          before = narrow<T>(start);
         } else {
-          access.store(backup + i, stored);
+          before = access.load(w + i);
+          start = widen<T>(before);
         }
+        const V gradient = widen<T>(access.load(g + i)) * s.inverse_scale;
+        const V average = load_average<T>(ema, i, access);
+        const V intended = perturbation(start, noise<has_average<M>>(gradient, average, s), s);
+        const Packed<T> after = narrow<T>(start + intended);
+        access.store(w + i, after);
+        if constexpr (!kMaster && kStream) access.stream(backup + i, before);
+        if constexpr (!kMaster && !kStream) access.store(backup + i, before);
+        if constexpr (kEffect) accumulate(effect, seen(after, forward) - seen(before, forward), intended);
+        return ema_update(average, gradient, s.lmbda, s.one_minus_lmbda);
       });
   if constexpr (kStream) stream_fence();
+  if constexpr (kEffect) {
+    out[0] = sum(effect.effective_sq);
+    out[1] = sum(effect.effective_dot_intended);
+    out[2] = sum(effect.intended_sq);
+  }
 }
 
-template <class T, bool kMomentum, bool kStream>
-void restore_sgd(T* w, const T* g, const T* from, compute_t<T>* momentum_buffer, int64_t n,
+template <class T, class M>
+void update_ema(const T* g, const AverageSlice<M>& ema, int64_t n, const AscentScalars<compute_t<T>>& scalars) {
+  const AscentScalars<compute_t<T>> s = scalars;
+  for_averages<T>(
+      ema, n, true, FSAM_BODY {
+        return fed(load_average<T>(ema, i, access), widen<T>(access.load(g + i)), s.inverse_scale, s.lmbda,
+                   s.one_minus_lmbda);
+      });
+}
+
+template <class T>
+void restore_master(T* w, const compute_t<T>* master, int64_t n) {
+  for_lanes<T>(n, FSAM_BODY { access.store(w + i, narrow<T>(widen<compute_t<T>>(access.load(master + i)))); });
+}
+
+// Where pass C takes a weight from and how it gives it back.
+template <class T, bool kMaster, bool kStochastic, bool kStream>
+struct Weights {
+  T* w;
+  const T* from;
+  compute_t<T>* master;
+  int64_t at;
+  uint32_t key;
+
+  template <class Access>
+  FSAM_FN lanes_t<T> load(int64_t i, Access access) const {
+    if constexpr (kMaster) {
+      return widen<compute_t<T>>(access.load(master + i));
+    } else {
+      return widen<T>(access.load(from + i));
+    }
+  }
+  template <class Access>
+  FSAM_FN void store(int64_t i, Access access, lanes_t<T> x) const {
+    if constexpr (kMaster) access.store(master + i, narrow<compute_t<T>>(x));
+    Packed<T> low;
+    if constexpr (kStochastic) {
+      const int64_t position = at + i;
+      low = narrow_stochastically<T>(x, random_bits(counting_from(uint32_t(position)), rounding_key_of(key, position)));
+    } else {
+      low = narrow<T>(x);
+    }
+    if constexpr (kStream) {
+      access.stream(w + i, low);
+    } else {
+      access.store(w + i, low);
+    }
+  }
+};
+
+template <class T, bool kMomentum, class Where>
+void restore_sgd(const Where& where, const T* g, compute_t<T>* momentum_buffer, int64_t n,
                  const SgdScalars<compute_t<T>>& scalars) {
   using V = lanes_t<T>;
   using S = compute_t<T>;
   const SgdScalars<S> s = scalars;
+  const Where weights = where;
   for_lanes<T>(
       n, FSAM_BODY {
         V buffer(0);
         if constexpr (kMomentum) buffer = widen<S>(access.load(momentum_buffer + i));
-        const V updated = sgd<kMomentum>(widen<T>(access.load(from + i)), widen<T>(access.load(g + i)), buffer, s);
+        const V updated = sgd<kMomentum>(weights.load(i, access), widen<T>(access.load(g + i)), buffer, s);
         if constexpr (kMomentum) access.store(momentum_buffer + i, narrow<S>(buffer));
-        if constexpr (kStream) {
-          access.stream(w + i, narrow<T>(updated));
-        } else {
-          access.store(w + i, narrow<T>(updated));
-        }
+        weights.store(i, access, updated);
       });
-  if constexpr (kStream) stream_fence();
+  stream_fence();
 }
 
-template <class T, bool kStream>
-void restore_adam(T* w, const T* g, const T* from, compute_t<T>* exp_avg, compute_t<T>* exp_avg_sq, int64_t n,
+template <class T, class Where>
+void restore_adam(const Where& where, const T* g, compute_t<T>* exp_avg, compute_t<T>* exp_avg_sq, int64_t n,
                   const AdamScalars<compute_t<T>>& scalars, const BiasCorrection<compute_t<T>>& correction_) {
   using V = lanes_t<T>;
   using S = compute_t<T>;
   const AdamScalars<S> s = scalars;
   const BiasCorrection<S> correction = correction_;
+  const Where weights = where;
   for_lanes<T>(
       n, FSAM_BODY {
         V first = widen<S>(access.load(exp_avg + i));
         V second = widen<S>(access.load(exp_avg_sq + i));
-        const V updated =
-            adam(widen<T>(access.load(from + i)), widen<T>(access.load(g + i)), first, second, s, correction);
+        const V updated = adam(weights.load(i, access), widen<T>(access.load(g + i)), first, second, s, correction);
         access.store(exp_avg + i, narrow<S>(first));
         access.store(exp_avg_sq + i, narrow<S>(second));
-        if constexpr (kStream) {
-          access.stream(w + i, narrow<T>(updated));
-        } else {
-          access.store(w + i, narrow<T>(updated));
-        }
+        weights.store(i, access, updated);
       });
-  if constexpr (kStream) stream_fence();
+  stream_fence();
 }
 
 #undef FSAM_BODY
@@ -117,10 +225,6 @@ template <bool kValue>
 struct Bool {
   static constexpr bool value = kValue;
 };
-template <Ema kValue>
-struct EmaIs {
-  static constexpr Ema value = kValue;
-};
 
 template <class Call>
 FSAM_FN void choose_bool(bool value, const Call& call) {
@@ -130,53 +234,72 @@ FSAM_FN void choose_bool(bool value, const Call& call) {
     call(Bool<false>{});
   }
 }
-template <class Call>
-FSAM_FN void choose_ema(Ema value, const Call& call) {
-  switch (value) {
-    case Ema::none:
-      return call(EmaIs<Ema::none>{});
-    case Ema::previous:
-      return call(EmaIs<Ema::previous>{});
-    case Ema::updated:
-      return call(EmaIs<Ema::updated>{});
-  }
-}
 
 // A streaming store needs an aligned address.
 FSAM_FN bool aligned(const void* p) {
   return (uintptr_t)p % kLaneBytes == 0;
 }
 
+// Calls call(weights) with the Weights that these pointers and this rounding ask for. Only 16-bit weights are rounded.
+template <class T, class Call>
+FSAM_FN void choose_weights(T* w, const T* backup, compute_t<T>* master, int64_t at, Rounding rounding, bool stream,
+                            const Call& call) {
+  choose_bool(stream && aligned(w), [&](auto st) {
+    const T* from = backup ? backup : w;
+    if constexpr (sizeof(T) == 2) {
+      if (master) return call(Weights<T, true, false, st.value>{w, from, master, at, 0});
+      if (rounding.stochastic) return call(Weights<T, false, true, st.value>{w, from, nullptr, at, rounding.key});
+    }
+    call(Weights<T, false, false, st.value>{w, from, nullptr, at, 0});
+  });
+}
+
 template <class T>
 constexpr LeafLoops<T> leaf_loops() {
   using S = compute_t<T>;
   return {
-      [](const T* w, const T* g, const S* ema, int64_t n, Ema kind, bool adaptive, const AscentScalars<S>& s, S* out) {
-        choose_ema(kind, [&](auto e) {
-          choose_bool(adaptive, [&](auto a) { noise_norm<T, e.value, a.value>(w, g, ema, n, s, out); });
+      [](const T* w, const T* g, const Average& ema, int64_t at, int64_t n, const AscentScalars<S>& s, S* out) {
+        choose_average<S>(ema.storage, [&](auto m) {
+          using M = typename decltype(m)::type;
+          noise_norm<T, M>(w, g, slice_of<M>(ema, at), n, s, out);
         });
       },
-      [](T* w, const T* g, S* ema, T* backup, int64_t n, Ema kind, bool adaptive, const AscentScalars<S>& s,
-         bool stream) {
-        choose_ema(kind, [&](auto e) {
-          choose_bool(adaptive, [&](auto a) {
-            choose_bool(stream && aligned(backup),
-                        [&](auto st) { perturb<T, e.value, a.value, st.value>(w, g, ema, backup, n, s); });
+      [](T* w, const T* g, const Average& ema, T* backup, const S* master, int64_t at, int64_t n,
+         const AscentScalars<S>& s, bool feeds, Forward forward, S* effect, bool stream) {
+        choose_average<S>(ema.storage, [&](auto m) {
+          using M = typename decltype(m)::type;
+          const AverageSlice<M> average = slice_of<M>(ema, at);
+          choose_bool(effect != nullptr, [&](auto ef) {
+            if constexpr (sizeof(T) == 2) {
+              if (master) {
+                return perturb<T, M, true, ef.value, false>(w, g, average, nullptr, master, n, s, feeds, forward,
+                                                            effect);
+              }
+            }
+            choose_bool(stream && aligned(backup), [&](auto st) {
+              perturb<T, M, false, ef.value, st.value>(w, g, average, backup, nullptr, n, s, feeds, forward, effect);
+            });
           });
         });
       },
-      [](T* w, const T* g, const T* backup, S* momentum_buffer, int64_t n, const SgdScalars<S>& s, bool stream) {
-        choose_bool(momentum_buffer != nullptr, [&](auto m) {
-          choose_bool(stream && aligned(w), [&](auto st) {
-            restore_sgd<T, m.value, st.value>(w, g, backup ? backup : w, momentum_buffer, n, s);
-          });
+      [](const T* g, const Average& ema, int64_t at, int64_t n, const AscentScalars<S>& s) {
+        choose_average<S>(ema.storage, [&](auto m) {
+          using M = typename decltype(m)::type;
+          update_ema<T, M>(g, slice_of<M>(ema, at), n, s);
         });
       },
-      [](T* w, const T* g, const T* backup, S* exp_avg, S* exp_avg_sq, int64_t n, const AdamScalars<S>& s,
-         const BiasCorrection<S>& correction, bool stream) {
-        choose_bool(stream && aligned(w), [&](auto st) {
-          restore_adam<T, st.value>(w, g, backup ? backup : w, exp_avg, exp_avg_sq, n, s, correction);
+      [](T* w, const S* master, int64_t n) { restore_master<T>(w, master, n); },
+      [](T* w, const T* g, const T* backup, S* master, S* momentum_buffer, int64_t at, int64_t n,
+         const SgdScalars<S>& s, Rounding rounding, bool stream) {
+        choose_weights<T>(w, backup, master, at, rounding, stream, [&](const auto& where) {
+          choose_bool(momentum_buffer != nullptr,
+                      [&](auto m) { restore_sgd<T, m.value>(where, g, momentum_buffer, n, s); });
         });
+      },
+      [](T* w, const T* g, const T* backup, S* master, S* exp_avg, S* exp_avg_sq, int64_t at, int64_t n,
+         const AdamScalars<S>& s, const BiasCorrection<S>& correction, Rounding rounding, bool stream) {
+        choose_weights<T>(w, backup, master, at, rounding, stream,
+                          [&](const auto& where) { restore_adam<T>(where, g, exp_avg, exp_avg_sq, n, s, correction); });
       },
   };
 }

@@ -4,28 +4,41 @@
 
 #include <cstdint>
 
+#include "../average.h"
+#include "../formulas.h"
 #include "../storage.h"
 
 namespace fsam {
 
-// `w` parameters, `g` gradients: n elements each, as are all state pointers. `ema` and `backup` may
-// be null where the formula has none. `stream` writes what is not read again soon around the
-// caches. Nothing may overlap.
+// How pass C rounds: to nearest, or with random bits from `key` and an element's position in the flat state.
+struct Rounding {
+  bool stochastic;
+  uint32_t key;
+};
+
+// `w` parameters, `g` gradients: n elements each, as are all state pointers. `at` is the first element's position in
+// the flat state, which tells where in an Average the slice lies. `stream` writes what is not read again soon around
+// the caches. Nothing may overlap.
 template <class T>
 struct LeafLoops {
   using S = compute_t<T>;
 
   // The statistics of one chunk.
-  void (*noise_norm)(const T* w, const T* g, const S* ema, int64_t n, Ema, bool adaptive, const AscentScalars<S>&,
+  void (*noise_norm)(const T* w, const T* g, const Average& ema, int64_t at, int64_t n, const AscentScalars<S>&,
                      S* out);
-  // backup = w, ema = the updated average, w = the perturbed weight.
-  void (*perturb)(T* w, const T* g, S* ema, T* backup, int64_t n, Ema, bool adaptive, const AscentScalars<S>&,
-                  bool stream);
-  // w = update(backup, g); without a backup w = update(w, g).
-  void (*restore_sgd)(T* w, const T* g, const T* backup, S* momentum_buffer, int64_t n, const SgdScalars<S>&,
-                      bool stream);
-  void (*restore_adam)(T* w, const T* g, const T* backup, S* exp_avg, S* exp_avg_sq, int64_t n, const AdamScalars<S>&,
-                       const BiasCorrection<S>&, bool stream);
+  // w = the perturbed weight, ema = the updated average where `feeds`. Without masters backup = w comes first; with
+  // them the perturbation starts from the master. `effect`: null, or where the sums of Effect go.
+  void (*perturb)(T* w, const T* g, const Average& ema, T* backup, const S* master, int64_t at, int64_t n,
+                  const AscentScalars<S>&, bool feeds, Forward, S* effect, bool stream);
+  // ema = the average with g.
+  void (*update_ema)(const T* g, const Average& ema, int64_t at, int64_t n, const AscentScalars<S>&);
+  // w = the rounded master.
+  void (*restore_master)(T* w, const S* master, int64_t n);
+  // w = update(backup, g); with masters both of them; with neither w = update(w, g).
+  void (*restore_sgd)(T* w, const T* g, const T* backup, S* master, S* momentum_buffer, int64_t at, int64_t n,
+                      const SgdScalars<S>&, Rounding, bool stream);
+  void (*restore_adam)(T* w, const T* g, const T* backup, S* master, S* exp_avg, S* exp_avg_sq, int64_t at, int64_t n,
+                       const AdamScalars<S>&, const BiasCorrection<S>&, Rounding, bool stream);
 };
 
 struct IsaLoops {

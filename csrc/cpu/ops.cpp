@@ -38,9 +38,10 @@ bool worth_streaming(int64_t bytes) {
 
 // An optional number that lives in a tensor of one element.
 double value_or(const OptionalTensor& tensor, const char* name, double otherwise) {
+  constexpr Place kHere{true, 0};
   if (!tensor.has_value()) return otherwise;
-  if (dtype_of(*tensor) == dtype_number<double>()) return *small_data<double>(*tensor, name, 1, true);
-  return *small_data<float>(*tensor, name, 1, true);
+  if (dtype_of(*tensor) == dtype_number<double>()) return *data_of<double>(*tensor, name, 1, kHere);
+  return *data_of<float>(*tensor, name, 1, kHere);
 }
 
 double inverse_scale(const OptionalTensor& grad_scale) {
@@ -48,24 +49,22 @@ double inverse_scale(const OptionalTensor& grad_scale) {
 }
 
 void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
-                const OptionalTensor& grad_scale, double sigma, double lmbda, bool adaptive, bool ema_updated,
-                const Tensor& partials, const Tensor& stats) {
-  double* written = small_data<double>(stats, "stats", kStatistics, true);
+                const OptionalTensor& ema_scale, const OptionalTensor& grad_scale, double sigma, double lmbda,
+                bool adaptive, bool ema_updated, const Tensor& partials, const Tensor& stats) {
+  double* written = data_of<double>(stats, "stats", kStatistics, {true, 0});
   double total[kStatistics] = {};
   dispatch_storage(params, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const Arguments args = arguments(params, &grads, offsets);
-    const S* average = flat_data<S>(ema, "ema", args.table, true);
-    S* slots = small_data<S>(partials, "partials", args.table.chunks * kStatistics, true);
-    const Ema kind = ema_kind(average != nullptr, ema_updated);
-    const auto scalars = ascent_scalars<S>(inverse_scale(grad_scale), sigma, lmbda, 0.0);
+    const Arguments args = arguments(params, &grads, offsets, true);
+    const Average average = average_of<S>(ema, ema_scale, args);
+    S* slots = data_of<S>(partials, "partials", args.table.chunks * kStatistics, args.place);
+    const auto scalars = ascent_scalars<S>(inverse_scale(grad_scale), sigma, lmbda, 0.0, adaptive, ema_updated);
     const auto leaf = isa_loops().of<T>().noise_norm;
     parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += kChunk) {
-        leaf(static_cast<const T*>(row.param) + i, static_cast<const T*>(row.grad) + i,
-             average ? average + row.offset + i : nullptr, std::min(kChunk, end - i), kind, adaptive, scalars,
-             slots + (row.first_chunk + i / kChunk) * kStatistics);
+        leaf(static_cast<const T*>(row.param) + i, static_cast<const T*>(row.grad) + i, average, row.offset + i,
+             std::min(kChunk, end - i), scalars, slots + (row.first_chunk + i / kChunk) * kStatistics);
       }
     });
     for (int64_t chunk = 0; chunk < args.table.chunks; ++chunk)
@@ -75,42 +74,38 @@ void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offse
 }
 
 void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
-             const Tensor& backup, const Tensor& stats, const OptionalTensor& grad_scale, double rho,
-             const OptionalTensor& rho_tensor, double sigma, double lmbda, double eps, bool adaptive,
-             bool ema_updated) {
+             const OptionalTensor& ema_scale, const Tensor& backup, const Tensor& stats,
+             const OptionalTensor& grad_scale, double rho, const OptionalTensor& rho_tensor, double sigma, double lmbda,
+             double eps, bool adaptive, bool ema_updated, bool feeds, int64_t forward, const OptionalTensor& effect) {
   dispatch_storage(params, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const Arguments args = arguments(params, &grads, offsets);
-    S* average = flat_data<S>(ema, "ema", args.table, true);
-    T* saved = flat_data<T>(backup, "backup", args.table, true);
-    const double noise_sq = *small_data<double>(stats, "stats", kStatistics, true);
-    const Ema kind = ema_kind(average != nullptr, ema_updated);
+    const Arguments args = arguments(params, &grads, offsets, true);
+    const Average average = average_of<S>(ema, ema_scale, args);
+    const Saved<T> saved = saved_weights<T>(backup, args);
+    const Forward seen = forward_of<T>(forward);
+    S* sums = data_of<S>(effect, "effect", args.table.chunks * kEffect, args.place);
+    const double noise_sq = *data_of<double>(stats, "stats", kStatistics, args.place);
     const double step_length = perturbation_step_length(noise_sq, value_or(rho_tensor, "rho_tensor", rho), eps);
-    const auto scalars = ascent_scalars<S>(inverse_scale(grad_scale), sigma, lmbda, step_length);
+    const auto scalars = ascent_scalars<S>(inverse_scale(grad_scale), sigma, lmbda, step_length, adaptive, ema_updated);
     const bool finite = is_finite(noise_sq);
     const bool stream = worth_streaming(args.table.numel * int64_t(3 * sizeof(T) + sizeof(S)));
     const auto leaf = isa_loops().of<T>().perturb;
+    if (sums && !finite) std::fill(sums, sums + args.table.chunks * kEffect, S(0));
     parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
-      T* w = static_cast<T*>(row.param) + begin;
-      T* to = saved + row.offset + begin;
-      if (finite) {
-        leaf(w, static_cast<const T*>(row.grad) + begin, average ? average + row.offset + begin : nullptr, to,
-             end - begin, kind, adaptive, scalars, stream);
-      } else {
-        std::memcpy(to, w, (end - begin) * sizeof(T));
+      T* w = static_cast<T*>(row.param);
+      T* to = saved.backup ? saved.backup + row.offset : nullptr;
+      S* from = saved.master ? saved.master + row.offset : nullptr;
+      if (!finite) {
+        if (to) std::memcpy(to + begin, w + begin, (end - begin) * sizeof(T));
+        return;
       }
-    });
-  });
-}
-
-void restore(const Tensors& params, const Tensor& offsets, const Tensor& backup) {
-  dispatch_storage(params, [&](auto storage) {
-    using T = decltype(storage);
-    const Arguments args = arguments(params, nullptr, offsets);
-    const T* saved = flat_data<T>(backup, "backup", args.table, true);
-    parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
-      std::memcpy(static_cast<T*>(row.param) + begin, saved + row.offset + begin, (end - begin) * sizeof(T));
+      const int64_t piece = sums ? kChunk : end - begin;  // the sums are a chunk's
+      for (int64_t i = begin; i < end; i += piece) {
+        leaf(w + i, static_cast<const T*>(row.grad) + i, average, to ? to + i : nullptr, from ? from + i : nullptr,
+             row.offset + i, std::min(piece, end - i), scalars, feeds, seen,
+             sums ? sums + (row.first_chunk + i / kChunk) * kEffect : nullptr, stream);
+      }
     });
   });
 }
@@ -120,40 +115,82 @@ bool update_is_skipped(const OptionalTensor& stats, const OptionalTensor& found_
   return !is_finite(value_or(stats, "stats", 0.0)) || value_or(found_inf, "found_inf", 0.0) != 0;
 }
 
-// What the two fused bases share: update(w, g, saved, row, begin, n, stream) on each row, or the
-// plain restore.
+void update_ema(const Tensors& params, const Tensors& grads, const Tensor& offsets, const Tensor& ema,
+                const OptionalTensor& ema_scale, const OptionalTensor& stats, const OptionalTensor& grad_scale,
+                const OptionalTensor& found_inf, double lmbda) {
+  dispatch_storage(params, [&](auto storage) {
+    using T = decltype(storage);
+    using S = compute_t<T>;
+    const Arguments args = arguments(params, &grads, offsets, true);
+    const Average average = average_of<S>(ema, ema_scale, args);
+    const auto scalars = ascent_scalars<S>(inverse_scale(grad_scale), 0.0, lmbda, 0.0, false, false);
+    const auto leaf = isa_loops().of<T>().update_ema;
+    if (update_is_skipped(stats, found_inf)) return;
+    parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
+      leaf(static_cast<const T*>(row.grad) + begin, average, row.offset + begin, end - begin, scalars);
+    });
+  });
+}
+
+// w = the saved weights, bit for bit; or the rounded masters, which is what the weights were.
+template <class T>
+void restore_part(const Row& row, const Saved<T>& saved, int64_t begin, int64_t end) {
+  T* w = static_cast<T*>(row.param) + begin;
+  const int64_t at = row.offset + begin;
+  if (saved.backup) std::memcpy(w, saved.backup + at, (end - begin) * sizeof(T));
+  if (saved.master) isa_loops().of<T>().restore_master(w, saved.master + at, end - begin);
+}
+
+void restore(const Tensors& params, const Tensor& offsets, const Tensor& backup) {
+  dispatch_storage(params, [&](auto storage) {
+    using T = decltype(storage);
+    const Arguments args = arguments(params, nullptr, offsets, true);
+    const Saved<T> saved = saved_weights<T>(backup, args);
+    parallel_rows(args.table,
+                  [&](const Row& row, int64_t begin, int64_t end) { restore_part(row, saved, begin, end); });
+  });
+}
+
+// How 16-bit weights without masters are rounded: `rounding` holds a seed and the number of the step.
+Rounding rounding_of(const OptionalTensor& rounding, const Arguments& args) {
+  const int64_t* numbers = data_of<int64_t>(rounding, "rounding", 2, args.place);
+  if (numbers == nullptr) return {false, 0};
+  return {true, rounding_key(uint64_t(numbers[0]), uint64_t(numbers[1]))};
+}
+
+// What the two fused bases share: update(w, row, from, master, begin, n, stream) on each row, or the plain restore.
 template <class T, class Update>
-void restore_and_update(const Arguments& args, const T* saved, bool skip, int64_t bytes_per_element,
+void restore_and_update(const Arguments& args, const Saved<T>& saved, bool skip, int64_t bytes_per_element,
                         const Update& update) {
   const bool stream = worth_streaming(args.table.numel * bytes_per_element);
   parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
-    T* w = static_cast<T*>(row.param) + begin;
-    const T* from = saved ? saved + row.offset + begin : nullptr;
-    if (!skip) {
-      update(w, static_cast<const T*>(row.grad) + begin, from, row, begin, end - begin, stream);
-    } else if (from) {
-      std::memcpy(w, from, (end - begin) * sizeof(T));
-    }
+    if (skip) return restore_part(row, saved, begin, end);
+    const int64_t at = row.offset + begin;
+    update(static_cast<T*>(row.param) + begin, static_cast<const T*>(row.grad) + begin,
+           saved.backup ? saved.backup + at : nullptr, saved.master ? saved.master + at : nullptr, row, at, end - begin,
+           stream);
   });
 }
 
 void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
                  const OptionalTensor& momentum_buffer, const OptionalTensor& stats, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double momentum,
-                 double dampening, double weight_decay, bool nesterov, bool maximize) {
+                 double dampening, double weight_decay, bool nesterov, bool maximize, const OptionalTensor& rounding) {
   dispatch_storage(params, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const Arguments args = arguments(params, &grads, offsets);
-    const T* saved = flat_data<T>(backup, "backup", args.table, true);
-    S* buffer = flat_data<S>(momentum_buffer, "momentum_buffer", args.table, true);
+    const Arguments args = arguments(params, &grads, offsets, true);
+    const Saved<T> saved = saved_weights<T>(backup, args);
+    S* buffer = flat_data<S>(momentum_buffer, "momentum_buffer", args);
+    const Rounding how = rounding_of(rounding, args);
     const auto scalars = sgd_scalars<S>(inverse_scale(grad_scale), value_or(lr_tensor, "lr_tensor", lr), momentum,
                                         dampening, weight_decay, nesterov, maximize);
     const auto leaf = isa_loops().of<T>().restore_sgd;
-    restore_and_update<T>(args, saved, update_is_skipped(stats, found_inf), 3 * sizeof(T) + sizeof(S),
-                          [&](T* w, const T* g, const T* from, const Row& row, int64_t begin, int64_t n, bool stream) {
-                            leaf(w, g, from, buffer ? buffer + row.offset + begin : nullptr, n, scalars, stream);
-                          });
+    restore_and_update<T>(
+        args, saved, update_is_skipped(stats, found_inf), 3 * sizeof(T) + sizeof(S),
+        [&](T* w, const T* g, const T* from, S* master, const Row&, int64_t at, int64_t n, bool stream) {
+          leaf(w, g, from, master, buffer ? buffer + at : nullptr, at, n, scalars, how, stream);
+        });
   });
 }
 
@@ -161,26 +198,27 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
                   const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& steps, const OptionalTensor& stats,
                   const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
                   const OptionalTensor& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
-                  bool decoupled, bool maximize) {
+                  bool decoupled, bool maximize, const OptionalTensor& rounding) {
   dispatch_storage(params, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const Arguments args = arguments(params, &grads, offsets);
-    const T* saved = flat_data<T>(backup, "backup", args.table, true);
-    S* first = flat_data<S>(exp_avg, "exp_avg", args.table, true);
-    S* second = flat_data<S>(exp_avg_sq, "exp_avg_sq", args.table, true);
-    const float* step = small_data<float>(steps, "steps", int64_t(params.size()), true);
+    const Arguments args = arguments(params, &grads, offsets, true);
+    const Saved<T> saved = saved_weights<T>(backup, args);
+    S* first = flat_data<S>(exp_avg, "exp_avg", args);
+    S* second = flat_data<S>(exp_avg_sq, "exp_avg_sq", args);
+    const float* step = data_of<float>(steps, "steps", int64_t(params.size()), args.place);
+    const Rounding how = rounding_of(rounding, args);
     const double rate = value_or(lr_tensor, "lr_tensor", lr);
     const auto scalars =
         adam_scalars<S>(inverse_scale(grad_scale), rate, beta1, beta2, eps, weight_decay, decoupled, maximize);
     const auto leaf = isa_loops().of<T>().restore_adam;
     const Row* rows = args.table.rows.data();
-    restore_and_update<T>(args, saved, update_is_skipped(stats, found_inf), 3 * sizeof(T) + 2 * sizeof(S),
-                          [&](T* w, const T* g, const T* from, const Row& row, int64_t begin, int64_t n, bool stream) {
-                            const auto correction = bias_correction<S>(rate, beta1, beta2, step[&row - rows]);
-                            const int64_t at = row.offset + begin;
-                            leaf(w, g, from, first + at, second + at, n, scalars, correction, stream);
-                          });
+    restore_and_update<T>(
+        args, saved, update_is_skipped(stats, found_inf), 3 * sizeof(T) + 2 * sizeof(S),
+        [&](T* w, const T* g, const T* from, S* master, const Row& row, int64_t at, int64_t n, bool stream) {
+          const auto correction = bias_correction<S>(rate, beta1, beta2, step[&row - rows]);
+          leaf(w, g, from, master, first + at, second + at, at, n, scalars, correction, how, stream);
+        });
   });
 }
 
@@ -209,6 +247,7 @@ std::string cpu_isa() {
 FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, CPU, m) {
   m.impl("noise_norm", TORCH_BOX(&fsam::noise_norm));
   m.impl("perturb", TORCH_BOX(&fsam::perturb));
+  m.impl("update_ema", TORCH_BOX(&fsam::update_ema));
   m.impl("restore", TORCH_BOX(&fsam::restore));
   m.impl("restore_sgd", TORCH_BOX(&fsam::restore_sgd));
   m.impl("restore_adam", TORCH_BOX(&fsam::restore_adam));

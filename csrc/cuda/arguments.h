@@ -1,7 +1,7 @@
 // What the kernels are told beside the table of tensors: plain data, copied into the kernels' parameters.
 #pragma once
 
-#include "../storage.h"
+#include "../average.h"
 
 namespace fsam::cuda {
 
@@ -18,28 +18,48 @@ struct Number {
 // Pointers named after state are to flat buffers.
 template <class S>
 struct NoiseNormArguments {
-  const S* ema;  // null where the formula has none
+  Average ema;
   Number grad_scale;
   double sigma, lmbda;
+  bool adaptive, updated;
   S* slots;  // [kStatistics][chunks]
   int64_t chunks;
 };
 
 template <class T>
 struct PerturbArguments {
-  compute_t<T>* ema;  // null where the formula has none
-  T* backup;
+  Average ema;
+  T* backup;  // null where there are masters
+  const compute_t<T>* master;
   const double* stats;
   Number grad_scale, rho;
   double sigma, lmbda, eps;
+  bool adaptive, updated, feeds;
+  Forward forward;
+  compute_t<T>* effect;  // null, or [chunks][kEffect]
+};
+
+struct UpdateEmaArguments {
+  Average ema;
+  const double* stats;  // or null
+  Number grad_scale, found_inf;
+  double lmbda;
+};
+
+template <class T>
+struct RestoreArguments {
+  const T* backup;  // null where there are masters
+  const compute_t<T>* master;
 };
 
 // What the two fused bases share.
 template <class T>
 struct UpdateArguments {
-  const T* backup;      // null: the update starts from the parameters as they are
-  const double* stats;  // or null
+  const T* backup;       // null: the update starts from the masters, or else from the parameters as they are
+  compute_t<T>* master;  // or null
+  const double* stats;   // or null
   Number found_inf, grad_scale, lr;
+  const int64_t* rounding;  // null, or a seed and the number of the step: NOTE [stochastic rounding]
 };
 
 template <class T>

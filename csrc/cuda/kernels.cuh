@@ -6,6 +6,9 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
+#include "../average.h"
 #include "../formulas.h"
 #include "../storage.h"
 #include "../tensor_table.h"
@@ -88,6 +91,12 @@ __device__ __forceinline__ double value_of(const Number& number) {
   return number.is_double ? *static_cast<const double*>(number.data) : *static_cast<const float*>(number.data);
 }
 
+// Whether an update is left out: the ascent or the scaler met a non-finite gradient.
+template <class Arguments>
+__device__ __forceinline__ bool skips(const Arguments& a) {
+  return (a.stats != nullptr && !is_finite(a.stats[0])) || value_of(a.found_inf) != 0;
+}
+
 // ---- Storage types -----------------------------------------------------------------------------
 
 // The GPU's own conversions where it has them: the bits of storage.h but for the payload of a NaN.
@@ -108,6 +117,10 @@ __device__ __forceinline__ float widen(half x) {
 #else
   return widen_half(uint32_t(x.bits));
 #endif
+}
+
+__device__ __forceinline__ float widen(int8_t x) {
+  return float(x);
 }
 
 __device__ __forceinline__ void narrow(float x, float& to) {
@@ -144,9 +157,25 @@ constexpr int kGroup = kAccess / int(sizeof(T));
 template <class T>
 constexpr int kInFlight = sizeof(T) == 2 ? 2 : 4;
 
+constexpr int alignment(int bytes) {
+  return bytes < kAccess ? bytes : kAccess;
+}
 template <class E, int kCount>
-struct alignas(kAccess) Pack {
+struct alignas(alignment(int(sizeof(E)) * kCount)) Pack {
   E v[kCount];
+};
+// What moves a pack at once. Only averages that are narrower than the arithmetic fill less than 16 bytes.
+template <int kBytes>
+struct WordOf {
+  using type = uint4;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned;
 };
 
 // NOTE [cache hints]
@@ -158,19 +187,21 @@ enum class Reuse { soon, late };
 
 template <Reuse kReuse, class E, int kCount>
 __device__ __forceinline__ void load_vector(const E* p, Pack<E, kCount>& to) {
-  const uint4* from = reinterpret_cast<const uint4*>(p);
-  uint4* words = reinterpret_cast<uint4*>(&to);
+  using Word = typename WordOf<int(sizeof to)>::type;
+  const Word* from = reinterpret_cast<const Word*>(p);
+  Word* words = reinterpret_cast<Word*>(&to);
 #pragma unroll
-  for (int i = 0; i < int(sizeof to) / kAccess; ++i) {
+  for (int i = 0; i < int(sizeof to / sizeof(Word)); ++i) {
     words[i] = kReuse == Reuse::late ? __ldcs(from + i) : __ldg(from + i);
   }
 }
 template <Reuse kReuse, class E, int kCount>
 __device__ __forceinline__ void store_vector(E* p, const Pack<E, kCount>& from) {
-  uint4* to = reinterpret_cast<uint4*>(p);
-  const uint4* words = reinterpret_cast<const uint4*>(&from);
+  using Word = typename WordOf<int(sizeof from)>::type;
+  Word* to = reinterpret_cast<Word*>(p);
+  const Word* words = reinterpret_cast<const Word*>(&from);
 #pragma unroll
-  for (int i = 0; i < int(sizeof from) / kAccess; ++i) {
+  for (int i = 0; i < int(sizeof from / sizeof(Word)); ++i) {
     if constexpr (kReuse == Reuse::late) {
       __stcs(to + i, words[i]);
     } else {
@@ -262,6 +293,28 @@ __device__ __forceinline__ void walk(int n, bool aligned, Work& work) {
   }
 }
 
+// As walk, for work whose lanes have to meet inside finish: they all call it in step, those past the end with a group
+// of no elements.
+template <class T, int kGroups = kInFlight<T>, class Work>
+__device__ __forceinline__ void walk_together(int n, Work& work) {
+  constexpr int kStride = kWarp * kGroup<T>;
+  const auto part = [](int left) { return Part{left < 0 ? 0 : left < kGroup<T> ? left : kGroup<T>}; };
+  const int first = threadIdx.x % kWarp * kGroup<T>;
+  for (int start = 0; start < n; start += kGroups * kStride) {
+    typename Work::Loaded loaded[kGroups];
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      const int at = start + k * kStride + first;
+      work.load(part(n - at), at, loaded[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      const int at = start + k * kStride + first;
+      if (start + k * kStride < n) work.finish(part(n - at), at, loaded[k]);
+    }
+  }
+}
+
 // to = from, bit for bit.
 template <class T>
 struct Copy {
@@ -284,36 +337,102 @@ __device__ __forceinline__ void copy(const T* from, T* to, int n) {
   walk<T>(n, is_aligned(from) && is_aligned(to), work);
 }
 
+// ---- The average -------------------------------------------------------------------------------
+
+// A group of an average as it was loaded: of type M for parameters of type T.
+template <class T, class M>
+struct AveragePack {
+  Pack<M, kGroup<T>> v;
+  float scale;
+};
+template <class T>
+struct AveragePack<T, void> {};
+
+template <Reuse kReuse, class T, class M, class Access>
+__device__ __forceinline__ void load_average(Access access, const AverageSlice<M>& ema, int at, AveragePack<T, M>& x) {
+  if constexpr (has_average<M>) access.template load<kReuse>(ema.data + at, x.v);
+  if constexpr (is_quantized<M>) x.scale = access.has(0) ? ema.scales[at / int(kQuantized)] : 0.0f;
+}
+template <class T, class M>
+__device__ __forceinline__ compute_t<T> average_at(const AveragePack<T, M>& x, int j) {
+  if constexpr (is_quantized<M>) {
+    return widen(x.v.v[j]) * x.scale;
+  } else if constexpr (has_average<M>) {
+    return widen(x.v.v[j]);
+  } else {
+    return 0;
+  }
+}
+
+// Stores a group of new averages. Quantized, the lanes that share a block agree on its scale first.
+template <class T, class M, class Access>
+__device__ __forceinline__ void store_average(Access access, const AverageSlice<M>& ema, int at,
+                                              const compute_t<T> (&fresh)[kGroup<T>]) {
+  if constexpr (is_quantized<M>) {
+    constexpr int kLanes = int(kQuantized) / kGroup<T>;
+    float largest = 0;
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) {
+      const float magnitude = fabsf(known(fresh[j]));
+      if (access.has(j) && magnitude > largest) largest = magnitude;
+    }
+#pragma unroll
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+      const float other = __shfl_xor_sync(kAllLanes, largest, distance);
+      largest = other > largest ? other : largest;
+    }
+    const float scale = quantization_scale(largest), inverse = inverse_quantization_scale(scale);
+    Pack<M, kGroup<T>> packed;
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) packed.v[j] = M(quantized(known(fresh[j]), inverse));
+    access.template store<Reuse::late>(ema.data + at, packed);
+    if (access.has(0) && at % int(kQuantized) == 0) ema.scales[at / int(kQuantized)] = scale;
+  } else if constexpr (has_average<M>) {
+    Pack<M, kGroup<T>> packed;
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) narrow(fresh[j], packed.v[j]);
+    access.template store<Reuse::late>(ema.data + at, packed);
+  }
+}
+
+// Walks a piece with work that loads and stores an average of type M.
+template <class T, class M, class Work>
+__device__ __forceinline__ void walk_averages(int n, bool aligned, Work& work) {
+  if constexpr (is_quantized<M>) {
+    walk_together<T>(n, work);
+  } else {
+    walk<T>(n, aligned, work);
+  }
+}
+
 // ---- Pass A ------------------------------------------------------------------------------------
 
-template <class T, Ema kEma, bool kAdaptive>
+template <class T, class M>
 struct NoiseNorm {
   using S = compute_t<T>;
   const T* w;
   const T* g;
-  const S* ema;
+  AverageSlice<M> ema;
   AscentScalars<S> s;
   Statistics<S> sums;
 
   struct Loaded {
     Pack<T, kGroup<T>> w, g;
-    Pack<S, kGroup<T>> ema;
+    AveragePack<T, M> ema;
   };
   template <class Access>
   __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
     access.template load<Reuse::soon>(g + at, x.g);
-    if constexpr (kEma != Ema::none) access.template load<Reuse::soon>(ema + at, x.ema);
-    if constexpr (kAdaptive) access.template load<Reuse::soon>(w + at, x.w);
+    load_average<Reuse::soon>(access, ema, at, x.ema);
+    if (s.adaptive) access.template load<Reuse::soon>(w + at, x.w);
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int, const Loaded& x) {
 #pragma unroll
     for (int j = 0; j < kGroup<T>; ++j) {
       if (!access.has(j)) continue;
-      S weight(0), average(0);
-      if constexpr (kAdaptive) weight = widen(x.w.v[j]);
-      if constexpr (kEma != Ema::none) average = x.ema.v[j];
-      accumulate<kEma, kAdaptive>(sums, weight, widen(x.g.v[j]), average, s);
+      const S weight = s.adaptive ? S(widen(x.w.v[j])) : S(0);
+      accumulate<has_average<M>>(sums, weight, S(widen(x.g.v[j])), average_at<T, M>(x.ema, j), s);
     }
   }
 };
@@ -327,8 +446,30 @@ __device__ __forceinline__ S warp_sum(S x) {
   return x;
 }
 
-// Sums each chunk into a slot of its own: sum_slots_kernel adds the slots. See NOTE [chunks are fixed].
-template <class T, Ema kEma, bool kAdaptive, class Rows>
+// Sums each chunk into a slot of its own, to[chunk * per_chunk + k * per_sum]. See NOTE [chunks are fixed].
+template <int kCount, class S, class Rows>
+__device__ __forceinline__ void store_sums(const Rows& table, const Piece& piece, const S (&sums)[kCount],
+                                           S (&warp_sums)[kCount][kWarps], S* to, int64_t per_chunk, int64_t per_sum) {
+  const int block = blockIdx.x, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  S* slot = to + table.id[piece.row] * per_chunk;
+  if (block >= table.large_blocks) {
+    if (lane == 0 && piece.n > 0) {
+      for (int k = 0; k < kCount; ++k) slot[k * per_sum] = sums[k];
+    }
+    return;
+  }
+  if (lane == 0) {
+    for (int k = 0; k < kCount; ++k) warp_sums[k][warp] = sums[k];
+  }
+  __syncthreads();
+  if (thread < kCount) {
+    S sum = warp_sums[thread][0];
+    for (int i = 1; i < kWarps; ++i) sum = sum + warp_sums[thread][i];
+    slot[thread * per_sum + (block - table.first_block[piece.row]) * per_chunk] = sum;
+  }
+}
+
+template <class T, class M, class Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     noise_norm_kernel(const Rows __grid_constant__ table, const NoiseNormArguments<compute_t<T>> a) {
   using S = compute_t<T>;
@@ -336,42 +477,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   using WarpSums = S[kStatistics][kWarps];
   CUDA_SHARED(Scalars, scalars);
   CUDA_SHARED(WarpSums, warp_sums);
-  const int block = blockIdx.x, thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  if (thread == 0) scalars = ascent_scalars<S>(1.0 / value_of(a.grad_scale), a.sigma, a.lmbda, 0.0);
+  if (threadIdx.x == 0) {
+    scalars = ascent_scalars<S>(1.0 / value_of(a.grad_scale), a.sigma, a.lmbda, 0.0, a.adaptive, a.updated);
+  }
   __syncthreads();
 
-  const Piece piece = piece_of(table, warp);
+  const Piece piece = piece_of(table, threadIdx.x / kWarp);
   const T* w = static_cast<const T*>(table.param[piece.row]) + piece.begin;
   const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
-  const S* ema = nullptr;
-  bool aligned = is_aligned(g);
-  if constexpr (kEma != Ema::none) {
-    ema = a.ema + table.offset[piece.row] + piece.begin;
-    aligned = aligned && is_aligned(ema);
-  }
-  if constexpr (kAdaptive) aligned = aligned && is_aligned(w);
-  NoiseNorm<T, kEma, kAdaptive> work{w, g, ema, scalars, {}};
+  const AverageSlice<M> ema = slice_of<M>(a.ema, table.offset[piece.row] + piece.begin);
+  const bool aligned = is_aligned(g) && is_aligned(ema.data) && (!a.adaptive || is_aligned(w));
+  NoiseNorm<T, M> work{w, g, ema, scalars, {}};
   walk<T>(piece.n, aligned, work);
 
   const S sums[kStatistics] = {warp_sum(work.sums.noise_sq), warp_sum(work.sums.grad_sq),
                                warp_sum(work.sums.grad_dot_ema), warp_sum(work.sums.ema_sq),
                                warp_sum(work.sums.nonfinite)};
-  S* slot = a.slots + table.id[piece.row];
-  if (block >= table.large_blocks) {
-    if (lane == 0 && piece.n > 0) {
-      for (int k = 0; k < kStatistics; ++k) slot[k * a.chunks] = sums[k];
-    }
-    return;
-  }
-  if (lane == 0) {
-    for (int k = 0; k < kStatistics; ++k) warp_sums[k][warp] = sums[k];
-  }
-  __syncthreads();
-  if (thread < kStatistics) {
-    S sum = warp_sums[thread][0];
-    for (int i = 1; i < kWarps; ++i) sum = sum + warp_sums[thread][i];
-    slot[thread * a.chunks + (block - table.first_block[piece.row])] = sum;
-  }
+  store_sums(table, piece, sums, warp_sums, a.slots, 1, a.chunks);
 }
 
 // stats = the sums of the slots in fp64, a block for each statistic.
@@ -397,41 +519,74 @@ __global__ void __launch_bounds__(kSumThreads) sum_slots_kernel(const S* slots, 
 
 // ---- Pass B ------------------------------------------------------------------------------------
 
-template <class T, Ema kEma, bool kAdaptive>
+// What the forward pass sees of a weight that is stored as T.
+template <class T>
+__device__ __forceinline__ compute_t<T> seen(T stored, Forward forward) {
+  const compute_t<T> x = widen(stored);
+  if constexpr (sizeof(compute_t<T>) == 4) {
+    if (forward == Forward::bfloat16) {
+      bfloat16 low;
+      narrow(x, low);
+      return widen(low);
+    }
+    if (forward == Forward::half) {
+      half low;
+      narrow(x, low);
+      return widen(low);
+    }
+  }
+  return x;
+}
+
+template <class T, class M, bool kMaster>
 struct Perturb {
   using S = compute_t<T>;
   T* w;
   const T* g;
-  S* ema;
+  AverageSlice<M> ema;
   T* backup;
+  const S* master;
   AscentScalars<S> s;
+  bool feeds, measures;
+  Forward forward;
+  Effect<S> effect;
 
   struct Loaded {
-    Pack<T, kGroup<T>> w, g;
-    Pack<S, kGroup<T>> ema;
+    Pack<std::conditional_t<kMaster, S, T>, kGroup<T>> w;
+    Pack<T, kGroup<T>> g;
+    AveragePack<T, M> ema;
   };
   template <class Access>
   __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
-    access.template load<Reuse::late>(w + at, x.w);
+    if constexpr (kMaster) {
+      access.template load<Reuse::late>(master + at, x.w);
+    } else {
+      access.template load<Reuse::late>(w + at, x.w);
+    }
     access.template load<Reuse::late>(g + at, x.g);
-    if constexpr (kEma != Ema::none) access.template load<Reuse::late>(ema + at, x.ema);
+    load_average<Reuse::late>(access, ema, at, x.ema);
   }
   template <class Access>
-  __device__ __forceinline__ void finish(Access access, int at, Loaded& x) const {
-    access.template store<Reuse::late>(backup + at, x.w);
+  __device__ __forceinline__ void finish(Access access, int at, Loaded& x) {
+    if constexpr (!kMaster) access.template store<Reuse::late>(backup + at, x.w);
+    Pack<T, kGroup<T>> after;
+    S fresh[kGroup<T>];
 #pragma unroll
     for (int j = 0; j < kGroup<T>; ++j) {
+      const S start = widen(x.w.v[j]);
       const S gradient = widen(x.g.v[j]) * s.inverse_scale;
-      S average(0);
-      if constexpr (kEma != Ema::none) average = x.ema.v[j];
-      const S d = noise<kEma>(gradient, average, s);
-      narrow(perturbed<kAdaptive>(S(widen(x.w.v[j])), d, s.step_length), x.w.v[j]);
-      if constexpr (kEma != Ema::none) {
-        x.ema.v[j] = ema_update(average, gradient, s.lmbda, s.one_minus_lmbda);
+      const S average = average_at<T, M>(x.ema, j);
+      const S intended = perturbation(start, noise<has_average<M>>(gradient, average, s), s);
+      narrow(start + intended, after.v[j]);
+      if (measures && access.has(j)) {
+        T before;
+        narrow(start, before);
+        accumulate(effect, seen(after.v[j], forward) - seen(before, forward), intended);
       }
+      fresh[j] = ema_update(average, gradient, s.lmbda, s.one_minus_lmbda);
     }
-    access.template store<Reuse::soon>(w + at, x.w);
-    if constexpr (kEma != Ema::none) access.template store<Reuse::late>(ema + at, x.ema);
+    access.template store<Reuse::soon>(w + at, after);
+    if (feeds) store_average<T, M>(access, ema, at, fresh);
   }
 };
 
@@ -441,16 +596,19 @@ struct PerturbPrologue {
   bool finite;
 };
 
-template <class T, Ema kEma, bool kAdaptive, class Rows>
+template <class T, class M, bool kMaster, class Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     perturb_kernel(const Rows __grid_constant__ table, const PerturbArguments<T> a) {
   using S = compute_t<T>;
   using Prologue = PerturbPrologue<S>;
+  using WarpSums = S[kEffect][kWarps];
   CUDA_SHARED(Prologue, prologue);
+  CUDA_SHARED(WarpSums, warp_sums);
   if (threadIdx.x == 0) {
     const double noise_sq = a.stats[0];
-    prologue.scalars = ascent_scalars<S>(1.0 / value_of(a.grad_scale), a.sigma, a.lmbda,
-                                         perturbation_step_length(noise_sq, value_of(a.rho), a.eps));
+    prologue.scalars =
+        ascent_scalars<S>(1.0 / value_of(a.grad_scale), a.sigma, a.lmbda,
+                          perturbation_step_length(noise_sq, value_of(a.rho), a.eps), a.adaptive, a.updated);
     prologue.finite = is_finite(noise_sq);
   }
   __syncthreads();
@@ -458,66 +616,216 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const Piece piece = piece_of(table, threadIdx.x / kWarp);
   const int64_t in_buffer = table.offset[piece.row] + piece.begin;
   T* w = static_cast<T*>(table.param[piece.row]) + piece.begin;
-  T* backup = a.backup + in_buffer;
-  if (!prologue.finite) {
-    copy(w, backup, piece.n);
-    return;
-  }
   const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
-  S* ema = nullptr;
-  bool aligned = is_aligned(w) && is_aligned(g) && is_aligned(backup);
-  if constexpr (kEma != Ema::none) {
-    ema = a.ema + in_buffer;
-    aligned = aligned && is_aligned(ema);
+  const AverageSlice<M> ema = slice_of<M>(a.ema, in_buffer);
+  T* backup = kMaster ? nullptr : a.backup + in_buffer;
+  const S* master = kMaster ? a.master + in_buffer : nullptr;
+  const bool measures = a.effect != nullptr;
+  Perturb<T, M, kMaster> work{w, g, ema, backup, master, prologue.scalars, a.feeds, measures, a.forward, {}};
+  if (prologue.finite) {
+    const bool aligned =
+        is_aligned(w) && is_aligned(g) && is_aligned(ema.data) && is_aligned(backup) && is_aligned(master);
+    walk_averages<T, M>(piece.n, aligned, work);
+  } else if (!kMaster) {
+    copy<T>(w, backup, piece.n);
   }
-  Perturb<T, kEma, kAdaptive> work{w, g, ema, backup, prologue.scalars};
-  walk<T>(piece.n, aligned, work);
+  if (measures) {
+    const S sums[kEffect] = {warp_sum(work.effect.effective_sq), warp_sum(work.effect.effective_dot_intended),
+                             warp_sum(work.effect.intended_sq)};
+    store_sums(table, piece, sums, warp_sums, a.effect, kEffect, 1);
+  }
+}
+
+// ---- The average without an ascent ---------------------------------------------------------------
+
+template <class T, class M>
+struct UpdateEma {
+  using S = compute_t<T>;
+  const T* g;
+  AverageSlice<M> ema;
+  AscentScalars<S> s;
+
+  struct Loaded {
+    Pack<T, kGroup<T>> g;
+    AveragePack<T, M> ema;
+  };
+  template <class Access>
+  __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
+    access.template load<Reuse::soon>(g + at, x.g);
+    load_average<Reuse::late>(access, ema, at, x.ema);
+  }
+  template <class Access>
+  __device__ __forceinline__ void finish(Access access, int at, const Loaded& x) const {
+    S fresh[kGroup<T>];
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) {
+      fresh[j] = fed(average_at<T, M>(x.ema, j), S(widen(x.g.v[j])), s.inverse_scale, s.lmbda, s.one_minus_lmbda);
+    }
+    store_average<T, M>(access, ema, at, fresh);
+  }
+};
+
+template <class T, class M, class Rows>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    update_ema_kernel(const Rows __grid_constant__ table, const UpdateEmaArguments a) {
+  using S = compute_t<T>;
+  using Scalars = AscentScalars<S>;
+  CUDA_SHARED(Scalars, scalars);
+  if (threadIdx.x == 0) {
+    scalars = ascent_scalars<S>(1.0 / value_of(a.grad_scale), 0.0, a.lmbda, 0.0, false, false);
+  }
+  __syncthreads();
+  if (skips(a)) return;
+  const Piece piece = piece_of(table, threadIdx.x / kWarp);
+  const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
+  UpdateEma<T, M> work{g, slice_of<M>(a.ema, table.offset[piece.row] + piece.begin), scalars};
+  walk_averages<T, M>(piece.n, is_aligned(g) && is_aligned(work.ema.data), work);
 }
 
 // ---- Pass C ------------------------------------------------------------------------------------
 
-template <class T, class Rows>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    restore_kernel(const Rows __grid_constant__ table, const T* backup) {
-  const Piece piece = piece_of(table, threadIdx.x / kWarp);
-  copy(backup + table.offset[piece.row] + piece.begin, static_cast<T*>(table.param[piece.row]) + piece.begin, piece.n);
-}
-
-// Whether pass C only restores: the ascent or the scaler met a non-finite gradient.
+// w = the masters, rounded: what w was.
 template <class T>
-__device__ __forceinline__ bool skips(const UpdateArguments<T>& a) {
-  return (a.stats != nullptr && !is_finite(a.stats[0])) || value_of(a.found_inf) != 0;
+struct RoundMaster {
+  using S = compute_t<T>;
+  const S* master;
+  T* w;
+
+  using Loaded = Pack<S, kGroup<T>>;
+  template <class Access>
+  __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
+    access.template load<Reuse::late>(master + at, x);
+  }
+  template <class Access>
+  __device__ __forceinline__ void finish(Access access, int at, const Loaded& x) const {
+    Pack<T, kGroup<T>> low;
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) narrow(x.v[j], low.v[j]);
+    access.template store<Reuse::soon>(w + at, low);
+  }
+};
+
+// w = the saved weights: a copy of them, or the masters.
+template <class T, bool kMaster>
+__device__ __forceinline__ void restore(T* w, const T* backup, const compute_t<T>* master, int n) {
+  if constexpr (kMaster) {
+    RoundMaster<T> work{master, w};
+    walk<T>(n, is_aligned(master) && is_aligned(w), work);
+  } else if (backup != nullptr) {
+    copy<T>(backup, w, n);
+  }
 }
 
-template <class T, bool kMomentum>
-struct RestoreSgd {
+template <class T, bool kMaster, class Rows>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    restore_kernel(const Rows __grid_constant__ table, const RestoreArguments<T> a) {
+  const Piece piece = piece_of(table, threadIdx.x / kWarp);
+  const int64_t in_buffer = table.offset[piece.row] + piece.begin;
+  restore<T, kMaster>(static_cast<T*>(table.param[piece.row]) + piece.begin, kMaster ? nullptr : a.backup + in_buffer,
+                      kMaster ? a.master + in_buffer : nullptr, piece.n);
+}
+
+// Where the base updates take weights from and how they give them back.
+template <class T, bool kMaster>
+struct Weights {
   using S = compute_t<T>;
   T* w;
+  const T* from;  // a backup, or w itself
+  S* master;
+  bool stochastic;
+  uint32_t key;
+  int64_t position;  // of the piece, in the flat state
+
+  using Loaded = Pack<std::conditional_t<kMaster, S, T>, kGroup<T>>;
+  __device__ __forceinline__ bool aligned() const {
+    return is_aligned(w) && (kMaster ? is_aligned(master) : is_aligned(from));
+  }
+  template <class Access>
+  __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
+    if constexpr (kMaster) {
+      access.template load<Reuse::late>(master + at, x);
+    } else {
+      access.template load<Reuse::late>(from + at, x);
+    }
+  }
+  template <class Access>
+  __device__ __forceinline__ void store(Access access, int at, const S (&updated)[kGroup<T>]) const {
+    Pack<T, kGroup<T>> low;
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) narrow(updated[j], low.v[j]);
+    if constexpr (sizeof(T) == 2 && !kMaster) {
+      if (stochastic) {
+        const int64_t start = position + at;
+        const uint32_t group_key = rounding_key_of(key, start);
+#pragma unroll
+        for (int j = 0; j < kGroup<T>; ++j) {
+          const uint32_t random = random_bits(uint32_t(start) + uint32_t(j), group_key);
+          if constexpr (std::is_same_v<T, bfloat16>) {
+            low.v[j].bits = uint16_t(narrow_bfloat16_stochastically(updated[j], random));
+          } else {
+            low.v[j].bits = uint16_t(narrow_half_stochastically(updated[j], random));
+          }
+        }
+      }
+    }
+    if constexpr (kMaster) {
+      Loaded full;
+#pragma unroll
+      for (int j = 0; j < kGroup<T>; ++j) full.v[j] = updated[j];
+      access.template store<Reuse::late>(master + at, full);
+    }
+    access.template store<Reuse::soon>(w + at, low);
+  }
+};
+
+template <class T, bool kMaster, class Rows>
+__device__ __forceinline__ Weights<T, kMaster> weights_of(const Rows& table, const Piece& piece,
+                                                          const UpdateArguments<T>& a, uint32_t key) {
+  const int64_t in_buffer = table.offset[piece.row] + piece.begin;
+  T* w = static_cast<T*>(table.param[piece.row]) + piece.begin;
+  return {w,
+          a.backup == nullptr ? w : a.backup + in_buffer,
+          kMaster ? a.master + in_buffer : nullptr,
+          a.rounding != nullptr,
+          key,
+          in_buffer};
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t key_of(const UpdateArguments<T>& a) {
+  return a.rounding == nullptr ? 0 : rounding_key(uint64_t(a.rounding[0]), uint64_t(a.rounding[1]));
+}
+
+template <class T, bool kMaster, bool kMomentum>
+struct RestoreSgd {
+  using S = compute_t<T>;
+  Weights<T, kMaster> weights;
   const T* g;
-  const T* from;
   S* momentum_buffer;
   SgdScalars<S> s;
 
   struct Loaded {
-    Pack<T, kGroup<T>> w, g;
+    typename Weights<T, kMaster>::Loaded w;
+    Pack<T, kGroup<T>> g;
     Pack<S, kGroup<T>> momentum_buffer;
   };
   template <class Access>
   __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
-    access.template load<Reuse::late>(from + at, x.w);
+    weights.load(access, at, x.w);
     access.template load<Reuse::late>(g + at, x.g);
     if constexpr (kMomentum) access.template load<Reuse::late>(momentum_buffer + at, x.momentum_buffer);
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int at, Loaded& x) const {
+    S updated[kGroup<T>];
 #pragma unroll
     for (int j = 0; j < kGroup<T>; ++j) {
       S buffer(0);
       if constexpr (kMomentum) buffer = x.momentum_buffer.v[j];
-      narrow(sgd<kMomentum>(S(widen(x.w.v[j])), S(widen(x.g.v[j])), buffer, s), x.w.v[j]);
+      updated[j] = sgd<kMomentum>(S(widen(x.w.v[j])), S(widen(x.g.v[j])), buffer, s);
       if constexpr (kMomentum) x.momentum_buffer.v[j] = buffer;
     }
-    access.template store<Reuse::soon>(w + at, x.w);
+    weights.store(access, at, updated);
     if constexpr (kMomentum) access.template store<Reuse::late>(momentum_buffer + at, x.momentum_buffer);
   }
 };
@@ -525,10 +833,11 @@ struct RestoreSgd {
 template <class S>
 struct SgdPrologue {
   SgdScalars<S> scalars;
+  uint32_t key;
   bool skip;
 };
 
-template <class T, bool kMomentum, class Rows>
+template <class T, bool kMaster, bool kMomentum, class Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     restore_sgd_kernel(const Rows __grid_constant__ table, const SgdArguments<T> a) {
   using S = compute_t<T>;
@@ -537,58 +846,53 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (threadIdx.x == 0) {
     prologue.scalars = sgd_scalars<S>(1.0 / value_of(a.update.grad_scale), value_of(a.update.lr), a.momentum,
                                       a.dampening, a.weight_decay, a.nesterov, a.maximize);
+    prologue.key = key_of(a.update);
     prologue.skip = skips(a.update);
   }
   __syncthreads();
 
   const Piece piece = piece_of(table, threadIdx.x / kWarp);
-  const int64_t in_buffer = table.offset[piece.row] + piece.begin;
-  T* w = static_cast<T*>(table.param[piece.row]) + piece.begin;
-  const T* from = a.update.backup == nullptr ? w : a.update.backup + in_buffer;
+  const Weights<T, kMaster> weights = weights_of<T, kMaster>(table, piece, a.update, prologue.key);
   if (prologue.skip) {
-    if (from != w) copy(from, w, piece.n);
+    restore<T, kMaster>(weights.w, a.update.backup == nullptr ? nullptr : weights.from, weights.master, piece.n);
     return;
   }
   const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
-  S* momentum_buffer = nullptr;
-  bool aligned = is_aligned(w) && is_aligned(g) && is_aligned(from);
-  if constexpr (kMomentum) {
-    momentum_buffer = a.momentum_buffer + in_buffer;
-    aligned = aligned && is_aligned(momentum_buffer);
-  }
-  RestoreSgd<T, kMomentum> work{w, g, from, momentum_buffer, prologue.scalars};
-  walk<T>(piece.n, aligned, work);
+  S* momentum_buffer = kMomentum ? a.momentum_buffer + weights.position : nullptr;
+  RestoreSgd<T, kMaster, kMomentum> work{weights, g, momentum_buffer, prologue.scalars};
+  walk<T>(piece.n, weights.aligned() && is_aligned(g) && is_aligned(momentum_buffer), work);
 }
 
-template <class T>
+template <class T, bool kMaster>
 struct RestoreAdam {
   using S = compute_t<T>;
-  T* w;
+  Weights<T, kMaster> weights;
   const T* g;
-  const T* from;
   S* exp_avg;
   S* exp_avg_sq;
   AdamScalars<S> s;
   BiasCorrection<S> correction;
 
   struct Loaded {
-    Pack<T, kGroup<T>> w, g;
+    typename Weights<T, kMaster>::Loaded w;
+    Pack<T, kGroup<T>> g;
     Pack<S, kGroup<T>> exp_avg, exp_avg_sq;
   };
   template <class Access>
   __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
-    access.template load<Reuse::late>(from + at, x.w);
+    weights.load(access, at, x.w);
     access.template load<Reuse::late>(g + at, x.g);
     access.template load<Reuse::late>(exp_avg + at, x.exp_avg);
     access.template load<Reuse::late>(exp_avg_sq + at, x.exp_avg_sq);
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int at, Loaded& x) const {
+    S updated[kGroup<T>];
 #pragma unroll
     for (int j = 0; j < kGroup<T>; ++j) {
-      narrow(adam(S(widen(x.w.v[j])), S(widen(x.g.v[j])), x.exp_avg.v[j], x.exp_avg_sq.v[j], s, correction), x.w.v[j]);
+      updated[j] = adam(S(widen(x.w.v[j])), S(widen(x.g.v[j])), x.exp_avg.v[j], x.exp_avg_sq.v[j], s, correction);
     }
-    access.template store<Reuse::soon>(w + at, x.w);
+    weights.store(access, at, updated);
     access.template store<Reuse::late>(exp_avg + at, x.exp_avg);
     access.template store<Reuse::late>(exp_avg_sq + at, x.exp_avg_sq);
   }
@@ -598,10 +902,11 @@ template <class S>
 struct AdamPrologue {
   AdamScalars<S> scalars;
   BiasCorrection<S> corrections[kWarps];  // for each warp: its row has a step count of its own
+  uint32_t key;
   bool skip;
 };
 
-template <class T, class Rows>
+template <class T, bool kMaster, class Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     restore_adam_kernel(const Rows __grid_constant__ table, const AdamArguments<T> a) {
   using S = compute_t<T>;
@@ -614,6 +919,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     if (threadIdx.x == 0) {
       prologue.scalars = adam_scalars<S>(1.0 / value_of(a.update.grad_scale), lr, a.beta1, a.beta2, a.eps,
                                          a.weight_decay, a.decoupled, a.maximize);
+      prologue.key = key_of(a.update);
       prologue.skip = skips(a.update);
     }
   }
@@ -621,19 +927,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
   const int warp = threadIdx.x / kWarp;
   const Piece piece = piece_of(table, warp);
-  const int64_t in_buffer = table.offset[piece.row] + piece.begin;
-  T* w = static_cast<T*>(table.param[piece.row]) + piece.begin;
-  const T* from = a.update.backup == nullptr ? w : a.update.backup + in_buffer;
+  const Weights<T, kMaster> weights = weights_of<T, kMaster>(table, piece, a.update, prologue.key);
   if (prologue.skip) {
-    if (from != w) copy(from, w, piece.n);
+    restore<T, kMaster>(weights.w, a.update.backup == nullptr ? nullptr : weights.from, weights.master, piece.n);
     return;
   }
   const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
-  S* exp_avg = a.exp_avg + in_buffer;
-  S* exp_avg_sq = a.exp_avg_sq + in_buffer;
-  const bool aligned =
-      is_aligned(w) && is_aligned(g) && is_aligned(from) && is_aligned(exp_avg) && is_aligned(exp_avg_sq);
-  RestoreAdam<T> work{w, g, from, exp_avg, exp_avg_sq, prologue.scalars, prologue.corrections[warp]};
+  S* exp_avg = a.exp_avg + weights.position;
+  S* exp_avg_sq = a.exp_avg_sq + weights.position;
+  const bool aligned = weights.aligned() && is_aligned(g) && is_aligned(exp_avg) && is_aligned(exp_avg_sq);
+  RestoreAdam<T, kMaster> work{weights, g, exp_avg, exp_avg_sq, prologue.scalars, prologue.corrections[warp]};
   walk<T, sizeof(T) == 8 ? 2 : kInFlight<T>>(piece.n, aligned, work);
 }
 

@@ -70,29 +70,24 @@ cudaError_t launch_tables(const TensorTable& all, const Id& id, const Kernels& k
 
 constexpr auto kNoId = [](const Row&) { return 0; };
 
-// Calls call.operator()<kEma, kAdaptive>() and returns what it returns.
-template <class Call>
-auto choose_ascent(Ema kind, bool adaptive, const Call& call) {
-  switch (kind) {
-    case Ema::none:
-      return adaptive ? call.template operator()<Ema::none, true>() : call.template operator()<Ema::none, false>();
-    case Ema::previous:
-      return adaptive ? call.template operator()<Ema::previous, true>()
-                      : call.template operator()<Ema::previous, false>();
-    default:
-      return adaptive ? call.template operator()<Ema::updated, true>()
-                      : call.template operator()<Ema::updated, false>();
+constexpr auto kFirstChunk = [](const Row& row) { return row.first_chunk; };
+
+// Calls call.operator()<kMaster>(): only 16-bit parameters have masters.
+template <class T, class Call>
+cudaError_t choose_master(bool master, const Call& call) {
+  if constexpr (sizeof(T) == 2) {
+    if (master) return call.template operator()<true>();
   }
+  return call.template operator()<false>();
 }
 
 template <class T>
-cudaError_t launch_noise_norm(const TensorTable& rows, Ema kind, bool adaptive,
-                              const NoiseNormArguments<compute_t<T>>& arguments, double* stats, cudaStream_t stream) {
-  const auto first_chunk = [](const Row& row) { return row.first_chunk; };
-  const cudaError_t error = choose_ascent(kind, adaptive, [&]<Ema kEma, bool kAdaptive>() {
+cudaError_t launch_noise_norm(const TensorTable& rows, const NoiseNormArguments<compute_t<T>>& arguments, double* stats,
+                              cudaStream_t stream) {
+  const cudaError_t error = choose_average<compute_t<T>>(arguments.ema.storage, [&](auto m) {
+    using M = Of<decltype(m)>;
     return launch_tables(
-        rows, first_chunk, [](auto tag) { return &noise_norm_kernel<T, kEma, kAdaptive, Of<decltype(tag)>>; },
-        arguments, stream);
+        rows, kFirstChunk, [](auto tag) { return &noise_norm_kernel<T, M, Of<decltype(tag)>>; }, arguments, stream);
   });
   if (error != cudaSuccess) return error;
   return launch(&sum_slots_kernel<compute_t<T>>, kStatistics, kSumThreads, stream, arguments.slots, arguments.chunks,
@@ -100,43 +95,68 @@ cudaError_t launch_noise_norm(const TensorTable& rows, Ema kind, bool adaptive,
 }
 
 template <class T>
-cudaError_t launch_perturb(const TensorTable& rows, Ema kind, bool adaptive, const PerturbArguments<T>& arguments,
-                           cudaStream_t stream) {
-  return choose_ascent(kind, adaptive, [&]<Ema kEma, bool kAdaptive>() {
+cudaError_t launch_perturb(const TensorTable& rows, const PerturbArguments<T>& arguments, cudaStream_t stream) {
+  return choose_average<compute_t<T>>(arguments.ema.storage, [&](auto m) {
+    using M = Of<decltype(m)>;
+    return choose_master<T>(arguments.master != nullptr, [&]<bool kMaster>() {
+      return launch_tables(
+          rows, kFirstChunk, [](auto tag) { return &perturb_kernel<T, M, kMaster, Of<decltype(tag)>>; }, arguments,
+          stream);
+    });
+  });
+}
+
+template <class T>
+cudaError_t launch_update_ema(const TensorTable& rows, const UpdateEmaArguments& arguments, cudaStream_t stream) {
+  return choose_average<compute_t<T>>(arguments.ema.storage, [&](auto m) {
+    using M = Of<decltype(m)>;
+    if constexpr (has_average<M>) {
+      return launch_tables(
+          rows, kFirstChunk, [](auto tag) { return &update_ema_kernel<T, M, Of<decltype(tag)>>; }, arguments, stream);
+    } else {
+      return cudaSuccess;
+    }
+  });
+}
+
+template <class T>
+cudaError_t launch_restore(const TensorTable& rows, const RestoreArguments<T>& arguments, cudaStream_t stream) {
+  return choose_master<T>(arguments.master != nullptr, [&]<bool kMaster>() {
     return launch_tables(
-        rows, kNoId, [](auto tag) { return &perturb_kernel<T, kEma, kAdaptive, Of<decltype(tag)>>; }, arguments,
+        rows, kFirstChunk, [](auto tag) { return &restore_kernel<T, kMaster, Of<decltype(tag)>>; }, arguments, stream);
+  });
+}
+
+template <class T>
+cudaError_t launch_restore_sgd(const TensorTable& rows, const SgdArguments<T>& arguments, cudaStream_t stream) {
+  return choose_master<T>(arguments.update.master != nullptr, [&]<bool kMaster>() {
+    if (arguments.momentum_buffer == nullptr) {
+      return launch_tables(
+          rows, kFirstChunk, [](auto tag) { return &restore_sgd_kernel<T, kMaster, false, Of<decltype(tag)>>; },
+          arguments, stream);
+    }
+    return launch_tables(
+        rows, kFirstChunk, [](auto tag) { return &restore_sgd_kernel<T, kMaster, true, Of<decltype(tag)>>; }, arguments,
         stream);
   });
 }
 
 template <class T>
-cudaError_t launch_restore(const TensorTable& rows, const T* backup, cudaStream_t stream) {
-  return launch_tables(rows, kNoId, [](auto tag) { return &restore_kernel<T, Of<decltype(tag)>>; }, backup, stream);
-}
-
-template <class T>
-cudaError_t launch_restore_sgd(const TensorTable& rows, const SgdArguments<T>& arguments, cudaStream_t stream) {
-  if (arguments.momentum_buffer == nullptr) {
-    return launch_tables(
-        rows, kNoId, [](auto tag) { return &restore_sgd_kernel<T, false, Of<decltype(tag)>>; }, arguments, stream);
-  }
-  return launch_tables(
-      rows, kNoId, [](auto tag) { return &restore_sgd_kernel<T, true, Of<decltype(tag)>>; }, arguments, stream);
-}
-
-template <class T>
 cudaError_t launch_restore_adam(const TensorTable& rows, const AdamArguments<T>& arguments, cudaStream_t stream) {
   const auto number = [&](const Row& row) { return &row - rows.rows.data(); };
-  return launch_tables(
-      rows, number, [](auto tag) { return &restore_adam_kernel<T, Of<decltype(tag)>>; }, arguments, stream);
+  return choose_master<T>(arguments.update.master != nullptr, [&]<bool kMaster>() {
+    return launch_tables(
+        rows, number, [](auto tag) { return &restore_adam_kernel<T, kMaster, Of<decltype(tag)>>; }, arguments, stream);
+  });
 }
 
-#define FSAM_INSTANTIATE_LAUNCHES(T)                                                                                \
-  template cudaError_t launch_noise_norm<T>(const TensorTable&, Ema, bool, const NoiseNormArguments<compute_t<T>>&, \
-                                            double*, cudaStream_t);                                                 \
-  template cudaError_t launch_perturb<T>(const TensorTable&, Ema, bool, const PerturbArguments<T>&, cudaStream_t);  \
-  template cudaError_t launch_restore<T>(const TensorTable&, const T*, cudaStream_t);                               \
-  template cudaError_t launch_restore_sgd<T>(const TensorTable&, const SgdArguments<T>&, cudaStream_t);             \
+#define FSAM_INSTANTIATE_LAUNCHES(T)                                                                              \
+  template cudaError_t launch_noise_norm<T>(const TensorTable&, const NoiseNormArguments<compute_t<T>>&, double*, \
+                                            cudaStream_t);                                                        \
+  template cudaError_t launch_perturb<T>(const TensorTable&, const PerturbArguments<T>&, cudaStream_t);           \
+  template cudaError_t launch_update_ema<T>(const TensorTable&, const UpdateEmaArguments&, cudaStream_t);         \
+  template cudaError_t launch_restore<T>(const TensorTable&, const RestoreArguments<T>&, cudaStream_t);           \
+  template cudaError_t launch_restore_sgd<T>(const TensorTable&, const SgdArguments<T>&, cudaStream_t);           \
   template cudaError_t launch_restore_adam<T>(const TensorTable&, const AdamArguments<T>&, cudaStream_t);
 
 }  // namespace fsam::cuda

@@ -13,15 +13,17 @@ namespace fsam::cuda {
 
 // Pass A: fills the slots and sums them into stats[0:kStatistics].
 template <class T>
-cudaError_t launch_noise_norm(const TensorTable& rows, Ema kind, bool adaptive,
-                              const NoiseNormArguments<compute_t<T>>& arguments, double* stats, cudaStream_t stream);
+cudaError_t launch_noise_norm(const TensorTable& rows, const NoiseNormArguments<compute_t<T>>& arguments, double* stats,
+                              cudaStream_t stream);
 
 template <class T>
-cudaError_t launch_perturb(const TensorTable& rows, Ema kind, bool adaptive, const PerturbArguments<T>& arguments,
-                           cudaStream_t stream);
+cudaError_t launch_perturb(const TensorTable& rows, const PerturbArguments<T>& arguments, cudaStream_t stream);
 
 template <class T>
-cudaError_t launch_restore(const TensorTable& rows, const T* backup, cudaStream_t stream);
+cudaError_t launch_update_ema(const TensorTable& rows, const UpdateEmaArguments& arguments, cudaStream_t stream);
+
+template <class T>
+cudaError_t launch_restore(const TensorTable& rows, const RestoreArguments<T>& arguments, cudaStream_t stream);
 
 template <class T>
 cudaError_t launch_restore_sgd(const TensorTable& rows, const SgdArguments<T>& arguments, cudaStream_t stream);

@@ -61,70 +61,82 @@ void on_device(int32_t device, const Launch& launch) {
 }
 
 // An optional number that lives in a tensor of one element.
-Number number(const OptionalTensor& tensor, const char* name, double otherwise) {
+Number number(const OptionalTensor& tensor, const char* name, double otherwise, Place place) {
   if (!tensor.has_value()) return {nullptr, false, otherwise};
-  if (dtype_of(*tensor) == dtype_number<double>()) {
-    return {small_data<double>(*tensor, name, 1, kOnCpu), true, otherwise};
-  }
-  return {small_data<float>(*tensor, name, 1, kOnCpu), false, otherwise};
+  if (dtype_of(*tensor) == dtype_number<double>()) return {data_of<double>(*tensor, name, 1, place), true, otherwise};
+  return {data_of<float>(*tensor, name, 1, place), false, otherwise};
 }
 
 // The rows of a call, checked; a launch numbers its chunks in 32 bits.
 Arguments checked_arguments(const Tensors& params, const Tensors* grads, const Tensor& offsets) {
-  Arguments result = arguments(params, grads, offsets);
+  Arguments result = arguments(params, grads, offsets, kOnCpu);
   STD_TORCH_CHECK(result.table.chunks <= INT32_MAX, "fsam_ext: a call takes at most 2^31 chunks of ", kChunk,
                   " elements; use several param groups");
   return result;
 }
 
 void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
-                const OptionalTensor& grad_scale, double sigma, double lmbda, bool adaptive, bool ema_updated,
-                const Tensor& partials, const Tensor& stats) {
-  double* total = small_data<double>(stats, "stats", kStatistics, kOnCpu);
-  const int32_t device = stats.get_device_index();
+                const OptionalTensor& ema_scale, const OptionalTensor& grad_scale, double sigma, double lmbda,
+                bool adaptive, bool ema_updated, const Tensor& partials, const Tensor& stats) {
+  const int32_t device = params.empty() ? stats.get_device_index() : params[0].get_device_index();
+  double* total = data_of<double>(stats, "stats", kStatistics, {kOnCpu, device});
   if (params.empty()) {
-    on_device(device,
-              [&](cudaStream_t stream) { return launch_noise_norm<float>({}, Ema::none, false, {}, total, stream); });
+    on_device(device, [&](cudaStream_t stream) { return launch_noise_norm<float>({}, {}, total, stream); });
   }
   dispatch_storage(params, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
     const Arguments args = checked_arguments(params, &grads, offsets);
     const int64_t chunks = args.table.chunks;
-    const S* average = flat_data<S>(ema, "ema", args.table, kOnCpu);
-    const NoiseNormArguments<S> values{average,
-                                       number(grad_scale, "grad_scale", 1.0),
+    const NoiseNormArguments<S> values{average_of<S>(ema, ema_scale, args),
+                                       number(grad_scale, "grad_scale", 1.0, args.place),
                                        sigma,
                                        lmbda,
-                                       small_data<S>(partials, "partials", chunks * kStatistics, kOnCpu),
+                                       adaptive,
+                                       ema_updated,
+                                       data_of<S>(partials, "partials", chunks * kStatistics, args.place),
                                        chunks};
-    const Ema kind = ema_kind(average != nullptr, ema_updated);
-    on_device(device, [&](cudaStream_t stream) {
-      return launch_noise_norm<T>(args.table, kind, adaptive, values, total, stream);
-    });
+    on_device(device, [&](cudaStream_t stream) { return launch_noise_norm<T>(args.table, values, total, stream); });
   });
 }
 
 void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
-             const Tensor& backup, const Tensor& stats, const OptionalTensor& grad_scale, double rho,
-             const OptionalTensor& rho_tensor, double sigma, double lmbda, double eps, bool adaptive,
-             bool ema_updated) {
+             const OptionalTensor& ema_scale, const Tensor& backup, const Tensor& stats,
+             const OptionalTensor& grad_scale, double rho, const OptionalTensor& rho_tensor, double sigma, double lmbda,
+             double eps, bool adaptive, bool ema_updated, bool feeds, int64_t forward, const OptionalTensor& effect) {
   dispatch_storage(params, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
     const Arguments args = checked_arguments(params, &grads, offsets);
-    S* average = flat_data<S>(ema, "ema", args.table, kOnCpu);
-    const PerturbArguments<T> values{average,
-                                     flat_data<T>(backup, "backup", args.table, kOnCpu),
-                                     small_data<double>(stats, "stats", kStatistics, kOnCpu),
-                                     number(grad_scale, "grad_scale", 1.0),
-                                     number(rho_tensor, "rho_tensor", rho),
+    const Saved<T> saved = saved_weights<T>(backup, args);
+    const PerturbArguments<T> values{average_of<S>(ema, ema_scale, args),
+                                     saved.backup,
+                                     saved.master,
+                                     data_of<double>(stats, "stats", kStatistics, args.place),
+                                     number(grad_scale, "grad_scale", 1.0, args.place),
+                                     number(rho_tensor, "rho_tensor", rho, args.place),
                                      sigma,
                                      lmbda,
-                                     eps};
-    const Ema kind = ema_kind(average != nullptr, ema_updated);
-    on_device(params[0].get_device_index(),
-              [&](cudaStream_t stream) { return launch_perturb<T>(args.table, kind, adaptive, values, stream); });
+                                     eps,
+                                     adaptive,
+                                     ema_updated,
+                                     feeds,
+                                     forward_of<T>(forward),
+                                     data_of<S>(effect, "effect", args.table.chunks * kEffect, args.place)};
+    on_device(args.place.index, [&](cudaStream_t stream) { return launch_perturb<T>(args.table, values, stream); });
+  });
+}
+
+void update_ema(const Tensors& params, const Tensors& grads, const Tensor& offsets, const Tensor& ema,
+                const OptionalTensor& ema_scale, const OptionalTensor& stats, const OptionalTensor& grad_scale,
+                const OptionalTensor& found_inf, double lmbda) {
+  dispatch_storage(params, [&](auto storage) {
+    using T = decltype(storage);
+    const Arguments args = checked_arguments(params, &grads, offsets);
+    const UpdateEmaArguments values{
+        average_of<compute_t<T>>(ema, ema_scale, args), data_of<double>(stats, "stats", kStatistics, args.place),
+        number(grad_scale, "grad_scale", 1.0, args.place), number(found_inf, "found_inf", 0.0, args.place), lmbda};
+    on_device(args.place.index, [&](cudaStream_t stream) { return launch_update_ema<T>(args.table, values, stream); });
   });
 }
 
@@ -132,39 +144,44 @@ void restore(const Tensors& params, const Tensor& offsets, const Tensor& backup)
   dispatch_storage(params, [&](auto storage) {
     using T = decltype(storage);
     const Arguments args = checked_arguments(params, nullptr, offsets);
-    const T* saved = flat_data<T>(backup, "backup", args.table, kOnCpu);
-    on_device(params[0].get_device_index(),
-              [&](cudaStream_t stream) { return launch_restore<T>(args.table, saved, stream); });
+    const Saved<T> saved = saved_weights<T>(backup, args);
+    const RestoreArguments<T> values{saved.backup, saved.master};
+    on_device(args.place.index, [&](cudaStream_t stream) { return launch_restore<T>(args.table, values, stream); });
   });
 }
 
 // What the two fused bases share.
 template <class T>
-UpdateArguments<T> update_arguments(const TensorTable& table, const OptionalTensor& backup, const OptionalTensor& stats,
+UpdateArguments<T> update_arguments(const Arguments& args, const OptionalTensor& backup, const OptionalTensor& stats,
                                     const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
-                                    const OptionalTensor& lr_tensor) {
-  return {flat_data<T>(backup, "backup", table, kOnCpu), small_data<double>(stats, "stats", kStatistics, kOnCpu),
-          number(found_inf, "found_inf", 0.0), number(grad_scale, "grad_scale", 1.0),
-          number(lr_tensor, "lr_tensor", lr)};
+                                    const OptionalTensor& lr_tensor, const OptionalTensor& rounding) {
+  const Saved<T> saved = saved_weights<T>(backup, args);
+  return {saved.backup,
+          saved.master,
+          data_of<double>(stats, "stats", kStatistics, args.place),
+          number(found_inf, "found_inf", 0.0, args.place),
+          number(grad_scale, "grad_scale", 1.0, args.place),
+          number(lr_tensor, "lr_tensor", lr, args.place),
+          data_of<int64_t>(rounding, "rounding", 2, args.place)};
 }
 
 void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
                  const OptionalTensor& momentum_buffer, const OptionalTensor& stats, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double momentum,
-                 double dampening, double weight_decay, bool nesterov, bool maximize) {
+                 double dampening, double weight_decay, bool nesterov, bool maximize, const OptionalTensor& rounding) {
   dispatch_storage(params, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
     const Arguments args = checked_arguments(params, &grads, offsets);
-    const SgdArguments<T> values{update_arguments<T>(args.table, backup, stats, grad_scale, found_inf, lr, lr_tensor),
-                                 flat_data<S>(momentum_buffer, "momentum_buffer", args.table, kOnCpu),
-                                 momentum,
-                                 dampening,
-                                 weight_decay,
-                                 nesterov,
-                                 maximize};
-    on_device(params[0].get_device_index(),
-              [&](cudaStream_t stream) { return launch_restore_sgd<T>(args.table, values, stream); });
+    const SgdArguments<T> values{
+        update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor, rounding),
+        flat_data<S>(momentum_buffer, "momentum_buffer", args),
+        momentum,
+        dampening,
+        weight_decay,
+        nesterov,
+        maximize};
+    on_device(args.place.index, [&](cudaStream_t stream) { return launch_restore_sgd<T>(args.table, values, stream); });
   });
 }
 
@@ -172,22 +189,23 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
                   const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& steps, const OptionalTensor& stats,
                   const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
                   const OptionalTensor& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
-                  bool decoupled, bool maximize) {
+                  bool decoupled, bool maximize, const OptionalTensor& rounding) {
   dispatch_storage(params, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
     const Arguments args = checked_arguments(params, &grads, offsets);
-    const AdamArguments<T> values{update_arguments<T>(args.table, backup, stats, grad_scale, found_inf, lr, lr_tensor),
-                                  flat_data<S>(exp_avg, "exp_avg", args.table, kOnCpu),
-                                  flat_data<S>(exp_avg_sq, "exp_avg_sq", args.table, kOnCpu),
-                                  small_data<float>(steps, "steps", int64_t(params.size()), kOnCpu),
-                                  beta1,
-                                  beta2,
-                                  eps,
-                                  weight_decay,
-                                  decoupled,
-                                  maximize};
-    on_device(params[0].get_device_index(),
+    const AdamArguments<T> values{
+        update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor, rounding),
+        flat_data<S>(exp_avg, "exp_avg", args),
+        flat_data<S>(exp_avg_sq, "exp_avg_sq", args),
+        data_of<float>(steps, "steps", int64_t(params.size()), args.place),
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        decoupled,
+        maximize};
+    on_device(args.place.index,
               [&](cudaStream_t stream) { return launch_restore_adam<T>(args.table, values, stream); });
   });
 }
@@ -204,6 +222,7 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
 FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, FSAM_DISPATCH_KEY, m) {
   m.impl("noise_norm", TORCH_BOX(&fsam::cuda::noise_norm));
   m.impl("perturb", TORCH_BOX(&fsam::cuda::perturb));
+  m.impl("update_ema", TORCH_BOX(&fsam::cuda::update_ema));
   m.impl("restore", TORCH_BOX(&fsam::cuda::restore));
   m.impl("restore_sgd", TORCH_BOX(&fsam::cuda::restore_sgd));
   m.impl("restore_adam", TORCH_BOX(&fsam::cuda::restore_adam));

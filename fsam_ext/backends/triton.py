@@ -1,4 +1,4 @@
-"""The Triton backend: the five ops on any GPU that Triton serves, as `torch.ops.fsam_ext_triton.*`.
+"""The Triton backend: the six ops on any GPU that Triton serves, as `torch.ops.fsam_ext_triton.*`.
 
 This file is the host side: it checks the arguments, tells the kernels (triton_kernels.py) where the rows are and
 registers the ops. Under ``TRITON_INTERPRET=1`` the ops serve CPU tensors, for tests and debugging.
@@ -26,21 +26,24 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 # csrc/schema.cpp, word for word (a test compares them): this backend has to work where no C++ was built.
 SCHEMAS = {
-    "noise_norm": "(Tensor[] params, Tensor[] grads, Tensor offsets, Tensor? ema, "
-    "Tensor? grad_scale, float sigma, float lmbda, bool adaptive, bool ema_updated, "
-    "Tensor(a!) partials, Tensor(b!) stats) -> ()",
-    "perturb": "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? ema, "
-    "Tensor(c!) backup, Tensor stats, Tensor? grad_scale, float rho, Tensor? rho_tensor, "
-    "float sigma, float lmbda, float eps, bool adaptive, bool ema_updated) -> ()",
+    "noise_norm": "(Tensor[] params, Tensor[] grads, Tensor offsets, Tensor? ema, Tensor? ema_scale, Tensor? "
+    "grad_scale, float sigma, float lmbda, bool adaptive, bool ema_updated, Tensor(a!) partials, "
+    "Tensor(b!) stats) -> ()",
+    "perturb": "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? ema, Tensor(c!)? ema_scale, "
+    "Tensor(d!) backup, Tensor stats, Tensor? grad_scale, float rho, Tensor? rho_tensor, float "
+    "sigma, float lmbda, float eps, bool adaptive, bool ema_updated, bool feeds, int forward, "
+    "Tensor(e!)? effect) -> ()",
+    "update_ema": "(Tensor[] params, Tensor[] grads, Tensor offsets, Tensor(a!) ema, Tensor(b!)? ema_scale, "
+    "Tensor? stats, Tensor? grad_scale, Tensor? found_inf, float lmbda) -> ()",
     "restore": "(Tensor(a!)[] params, Tensor offsets, Tensor backup) -> ()",
-    "restore_sgd": "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor? backup, "
-    "Tensor(b!)? momentum_buffer, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, float lr, "
-    "Tensor? lr_tensor, float momentum, float dampening, float weight_decay, bool nesterov, "
-    "bool maximize) -> ()",
-    "restore_adam": "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor? backup, "
-    "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor steps, Tensor? stats, Tensor? grad_scale, "
-    "Tensor? found_inf, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
-    "float weight_decay, bool decoupled, bool maximize) -> ()",
+    "restore_sgd": "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, Tensor(c!)? "
+    "momentum_buffer, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, float lr, Tensor? "
+    "lr_tensor, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, "
+    "Tensor? rounding) -> ()",
+    "restore_adam": "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, Tensor(c!) exp_avg, "
+    "Tensor(d!) exp_avg_sq, Tensor steps, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, "
+    "float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool "
+    "decoupled, bool maximize, Tensor? rounding) -> ()",
 }
 
 _TRITON_DTYPES = {
@@ -48,6 +51,7 @@ _TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.int8: tl.int8,  # averages only
 }
 
 
@@ -122,6 +126,7 @@ class _Rows:
     first_chunks: tuple[int, ...]
     chunks: int
     extent: int  # elements that a flat buffer needs
+    in_blocks: bool  # each row starts a block of an int8 average
     reordered: tuple[int, ...]  # rows whose gradient lies in memory in another order
 
 
@@ -165,6 +170,7 @@ def _rows(sizes: tuple, strides: tuple, grad_sizes: tuple, grad_strides: tuple, 
         tuple(accumulate(chunks[:-1], initial=0)),
         sum(chunks),
         max(offset + numel for offset, numel in zip(offsets, numels)),
+        not any(offset % ops.QUANTIZED for offset in offsets),
         tuple(reordered),
     )
 
@@ -251,7 +257,7 @@ def _check_like(first: Tensor, tensors: Sequence[Tensor], name: str, other_dtype
 def _call(params: Sequence[Tensor], grads: Sequence[Tensor] | None, offsets: Tensor) -> _Call:
     """Checks the rows; raises what csrc/op_arguments.h raises, in the same words."""
     dtype, device = params[0].dtype, params[0].device
-    if dtype not in _TRITON_DTYPES:
+    if dtype not in _TRITON_DTYPES or not dtype.is_floating_point:
         raise RuntimeError("fsam_ext: params[0] must be float64, float32, bfloat16 or float16")
     if not (
         offsets.is_cpu and offsets.dtype == torch.int64 and offsets.is_contiguous() and offsets.numel() == len(params)
@@ -322,22 +328,6 @@ def _tables(
     )
 
 
-def _flat(buffer: Tensor | None, name: str, call: _Call, dtype: torch.dtype) -> Tensor | None:
-    """The flat state buffer, checked."""
-    if buffer is not None and not (
-        buffer.device == call.device
-        and buffer.dtype == dtype
-        and buffer.is_contiguous()
-        and buffer.numel() >= call.rows.extent
-    ):
-        raise RuntimeError(
-            f"fsam_ext: {name} must be a contiguous buffer of at least {call.rows.extent} elements "
-            "on the parameters' device, in the dtype of the state (float32; float64 for float64 "
-            "parameters; the backup has the parameters' dtype)"
-        )
-    return buffer
-
-
 def _small(tensor: Tensor | None, name: str, numel: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
     """The small tensor, checked."""
     if tensor is not None and not (
@@ -350,10 +340,40 @@ def _small(tensor: Tensor | None, name: str, numel: int, device: torch.device, d
     return tensor
 
 
-def _number(tensor: Tensor | None, name: str, call: _Call) -> Tensor | None:
-    """The tensor of one number, float64 or float32, checked."""
-    is_double = tensor is not None and tensor.dtype == torch.float64
-    return _small(tensor, name, 1, call.device, torch.float64 if is_double else torch.float32)
+def _flat(buffer: Tensor | None, name: str, call: _Call, dtype: torch.dtype) -> Tensor | None:
+    """The flat state buffer, checked."""
+    return _small(buffer, name, call.rows.extent, call.device, dtype)
+
+
+def _average(ema: Tensor | None, ema_scale: Tensor | None, call: _Call) -> tuple[Tensor | None, Tensor | None]:
+    """The average and its scales, checked; no scales where it has none."""
+    if ema is None:
+        return None, None
+    compute = ops.compute_dtype(call.dtype)
+    if ema.dtype == compute or (ema.dtype == torch.bfloat16 and compute == torch.float32):
+        return _flat(ema, "ema", call, ema.dtype), None
+    if ema.dtype != torch.int8 or compute != torch.float32:
+        raise RuntimeError("fsam_ext: ema must be float32, bfloat16 or int8 (float64 for float64 parameters)")
+    if ema_scale is None:
+        raise RuntimeError(f"fsam_ext: an int8 ema needs ema_scale, one float32 for each {ops.QUANTIZED} elements")
+    if not call.rows.in_blocks:
+        raise RuntimeError(f"fsam_ext: with an int8 ema each offset must be a multiple of {ops.QUANTIZED}")
+    _flat(ema, "ema", call, torch.int8)
+    return ema, _small(ema_scale, "ema_scale", -(-call.rows.extent // ops.QUANTIZED), call.device, torch.float32)
+
+
+def _backup(backup: Tensor | None, call: _Call) -> torch.dtype:
+    """The dtype of the unperturbed weights, checked: that of the parameters, or float32 for masters."""
+    has_masters = backup is not None and call.dtype.itemsize == 2 and backup.dtype == torch.float32
+    dtype = torch.float32 if has_masters else call.dtype
+    _flat(backup, "backup", call, dtype)
+    return dtype
+
+
+def _rounding(rounding: Tensor | None, call: _Call, unperturbed: torch.dtype) -> Tensor | None:
+    """The seed and the step, checked; None where weights are rounded to nearest."""
+    _small(rounding, "rounding", 2, call.device, torch.int64)
+    return rounding if call.dtype.itemsize == 2 and unperturbed == call.dtype else None
 
 
 # ---- The ops: documented in fsam_ext/ops.py ------------------------------------------------------
@@ -374,13 +394,24 @@ def _on_device(op: Callable) -> Callable:
     return run
 
 
-def _types(call: _Call) -> dict[str, Any]:
-    compute = ops.compute_dtype(call.dtype)
-    return {"T": _TRITON_DTYPES[call.dtype], "S": _TRITON_DTYPES[compute]}
+def _check_numbers(call: _Call, **tensors: Tensor | None) -> None:
+    """Each is float64 or float32 and has an element."""
+    for name, tensor in tensors.items():
+        is_double = tensor is not None and tensor.dtype == torch.float64
+        _small(tensor, name, 1, call.device, torch.float64 if is_double else torch.float32)
+
+
+def _types(call: _Call, **others: torch.dtype | None) -> dict[str, Any]:
+    """NOTE [types of a kernel] in triton_kernels.py; ``others`` are M and B."""
+    dtypes = {"T": call.dtype, "S": ops.compute_dtype(call.dtype), **others}
+    return {name: None if dtype is None else _TRITON_DTYPES[dtype] for name, dtype in dtypes.items()}
 
 
 @_on_device
-def noise_norm(params, grads, offsets, ema, grad_scale, sigma, lmbda, adaptive, ema_updated, partials, stats) -> None:
+def noise_norm(
+    params, grads, offsets, ema, ema_scale, grad_scale, sigma, lmbda, adaptive, ema_updated,
+    partials, stats,
+) -> None:  # fmt: skip
     """Pass A; see :func:`fsam_ext.ops.noise_norm`."""
     if not params:
         _small(stats, "stats", ops.STATISTICS, stats.device, torch.float64).zero_()
@@ -389,14 +420,14 @@ def noise_norm(params, grads, offsets, ema, grad_scale, sigma, lmbda, adaptive, 
     compute = ops.compute_dtype(call.dtype)
     chunks = call.rows.chunks
     _small(stats, "stats", ops.STATISTICS, call.device, torch.float64)
-    _flat(ema, "ema", call, compute)
+    ema, ema_scale = _average(ema, ema_scale, call)
     _small(partials, "partials", chunks * ops.STATISTICS, call.device, compute)
-    _number(grad_scale, "grad_scale", call)
+    _check_numbers(call, grad_scale=grad_scale)
     if chunks:
         _launch(
             "noise_norm", call.dtype, chunks,
-            *call.where, ema, grad_scale, sigma, lmbda, partials,
-            ADAPTIVE=adaptive, UPDATED=ema_updated, **_types(call),
+            *call.where, ema, ema_scale, grad_scale, sigma, lmbda, partials,
+            ADAPTIVE=adaptive, UPDATED=ema_updated, **_types(call, M=None if ema is None else ema.dtype),
         )  # fmt: skip
     _launch(
         "sum_partials", call.dtype, ops.STATISTICS,
@@ -406,23 +437,44 @@ def noise_norm(params, grads, offsets, ema, grad_scale, sigma, lmbda, adaptive, 
 
 @_on_device
 def perturb(
-    params, grads, offsets, ema, backup, stats, grad_scale, rho, rho_tensor, sigma, lmbda, eps,
-    adaptive, ema_updated,
+    params, grads, offsets, ema, ema_scale, backup, stats, grad_scale, rho, rho_tensor, sigma,
+    lmbda, eps, adaptive, ema_updated, feeds, forward, effect,
 ) -> None:  # fmt: skip
     """Pass B; see :func:`fsam_ext.ops.perturb`."""
     if not params:
         return
     call = _call(params, grads, offsets)
-    _flat(ema, "ema", call, ops.compute_dtype(call.dtype))
-    _flat(backup, "backup", call, call.dtype)
+    compute = ops.compute_dtype(call.dtype)
+    chunks = call.rows.chunks
+    ema, ema_scale = _average(ema, ema_scale, call)
+    unperturbed = _backup(backup, call)
+    if forward not in (0, 1, 2) or (forward and call.dtype == torch.float64):
+        raise RuntimeError("fsam_ext: forward must be 0 (as stored), 1 (bfloat16) or 2 (float16), and 0 for float64")
+    _small(effect, "effect", chunks * ops.EFFECT, call.device, compute)
     _small(stats, "stats", ops.STATISTICS, call.device, torch.float64)
-    _number(grad_scale, "grad_scale", call)
-    _number(rho_tensor, "rho_tensor", call)
+    _check_numbers(call, grad_scale=grad_scale, rho_tensor=rho_tensor)
+    if chunks:
+        _launch(
+            "perturb", call.dtype, chunks,
+            *call.where, ema, ema_scale, backup, stats, grad_scale, rho_tensor, rho, sigma, lmbda,
+            eps, effect, ADAPTIVE=adaptive, UPDATED=ema_updated, FEEDS=feeds, FORWARD=forward,
+            BLOCK=tile(call.dtype), **_types(call, M=None if ema is None else ema.dtype, B=unperturbed),
+        )  # fmt: skip
+
+
+@_on_device
+def update_ema(params, grads, offsets, ema, ema_scale, stats, grad_scale, found_inf, lmbda) -> None:
+    """The average without an ascent; see :func:`fsam_ext.ops.update_ema`."""
+    if not params:
+        return
+    call = _call(params, grads, offsets)
+    ema, ema_scale = _average(ema, ema_scale, call)
+    _check_numbers(call, stats=stats, grad_scale=grad_scale, found_inf=found_inf)
     if call.rows.chunks:
         _launch(
-            "perturb", call.dtype, call.rows.chunks,
-            *call.where, ema, backup, stats, grad_scale, rho_tensor, rho, sigma, lmbda, eps,
-            ADAPTIVE=adaptive, UPDATED=ema_updated, BLOCK=tile(call.dtype), **_types(call),
+            "update_ema", call.dtype, call.rows.chunks,
+            *call.where, ema, ema_scale, stats, grad_scale, found_inf, lmbda,
+            BLOCK=tile(call.dtype), **_types(call, M=ema.dtype),
         )  # fmt: skip
 
 
@@ -432,69 +484,61 @@ def restore(params, offsets, backup) -> None:
     if not params:
         return
     call = _call(params, None, offsets)
-    _flat(backup, "backup", call, call.dtype)
+    unperturbed = _backup(backup, call)
     if call.rows.chunks:
+        types = _types(call, B=unperturbed)
         _launch(
             "restore", call.dtype, call.rows.chunks,
-            *call.where, backup, T=_TRITON_DTYPES[call.dtype], BLOCK=tile(call.dtype),
+            *call.where, backup, T=types["T"], B=types["B"], BLOCK=tile(call.dtype),
         )  # fmt: skip
-
-
-def _check_update(call: _Call, backup, stats, grad_scale, found_inf, lr_tensor) -> None:
-    """What the two fused bases share."""
-    _flat(backup, "backup", call, call.dtype)
-    numbers = {
-        "stats": stats,
-        "grad_scale": grad_scale,
-        "found_inf": found_inf,
-        "lr_tensor": lr_tensor,
-    }
-    for name, tensor in numbers.items():
-        _number(tensor, name, call)
 
 
 @_on_device
 def restore_sgd(
     params, grads, offsets, backup, momentum_buffer, stats, grad_scale, found_inf, lr, lr_tensor,
-    momentum, dampening, weight_decay, nesterov, maximize,
+    momentum, dampening, weight_decay, nesterov, maximize, rounding,
 ) -> None:  # fmt: skip
     """Pass C with SGD; see :func:`fsam_ext.ops.restore_sgd`."""
     if not params:
         return
     call = _call(params, grads, offsets)
-    _check_update(call, backup, stats, grad_scale, found_inf, lr_tensor)
+    unperturbed = _backup(backup, call)
+    _check_numbers(call, stats=stats, grad_scale=grad_scale, found_inf=found_inf, lr_tensor=lr_tensor)
     _flat(momentum_buffer, "momentum_buffer", call, ops.compute_dtype(call.dtype))
+    rounding = _rounding(rounding, call, unperturbed)
     if call.rows.chunks:
         _launch(
             "restore_sgd", call.dtype, call.rows.chunks,
             *call.where, backup, momentum_buffer, stats, grad_scale, found_inf, lr_tensor,
-            lr, momentum, dampening, weight_decay,
+            lr, momentum, dampening, weight_decay, rounding,
             DECAY=weight_decay != 0, NESTEROV=nesterov, MAXIMIZE=maximize,
-            BLOCK=tile(call.dtype), **_types(call),
+            BLOCK=tile(call.dtype), **_types(call, B=unperturbed),
         )  # fmt: skip
 
 
 @_on_device
 def restore_adam(
     params, grads, offsets, backup, exp_avg, exp_avg_sq, steps, stats, grad_scale, found_inf, lr,
-    lr_tensor, beta1, beta2, eps, weight_decay, decoupled, maximize,
+    lr_tensor, beta1, beta2, eps, weight_decay, decoupled, maximize, rounding,
 ) -> None:  # fmt: skip
     """Pass C with Adam or AdamW; see :func:`fsam_ext.ops.restore_adam`."""
     if not params:
         return
     call = _call(params, grads, offsets)
     compute = ops.compute_dtype(call.dtype)
-    _check_update(call, backup, stats, grad_scale, found_inf, lr_tensor)
+    unperturbed = _backup(backup, call)
+    _check_numbers(call, stats=stats, grad_scale=grad_scale, found_inf=found_inf, lr_tensor=lr_tensor)
     _flat(exp_avg, "exp_avg", call, compute)
     _flat(exp_avg_sq, "exp_avg_sq", call, compute)
     _small(steps, "steps", len(params), call.device, torch.float32)
+    rounding = _rounding(rounding, call, unperturbed)
     if call.rows.chunks:
         _launch(
             "restore_adam", call.dtype, call.rows.chunks,
             *call.where, backup, exp_avg, exp_avg_sq, steps, stats, grad_scale, found_inf,
-            lr_tensor, lr, beta1, beta2, eps, weight_decay,
+            lr_tensor, lr, beta1, beta2, eps, weight_decay, rounding,
             DECAY=weight_decay != 0, DECOUPLED=decoupled, MAXIMIZE=maximize,
-            BLOCK=tile(call.dtype), **_types(call),
+            BLOCK=tile(call.dtype), **_types(call, B=unperturbed),
         )  # fmt: skip
 
 

@@ -28,12 +28,22 @@ from .. import ops
 # and bfloat16 is rounded to nearest even by integer operations: the same bits under Triton's
 # interpreter (whose own conversion truncates), on GPUs with the instruction and on those without.
 
+# NOTE [types of a kernel]
+# T stores parameters and gradients, S is that of the arithmetic and of most state, M stores the
+# average (None: there is none), B the unperturbed weights: T for a copy, S for masters.
+
+# NOTE [stores are predicated]
+# Where an op must not change something (a norm that is not finite), the store's mask says so: it is
+# the same for all lanes, so the access stays as wide as without it.
+
 # What kernels call. The interpreter patches Triton's language anew for each call of a jitted
 # function, and spends nine tenths of its time on that; for the kernel itself it has done so already.
 _helper = (lambda function: function) if triton.knobs.runtime.interpret else triton.jit
 
 CHUNK = tl.constexpr(ops.CHUNK)
 STATISTICS = tl.constexpr(ops.STATISTICS)
+EFFECT = tl.constexpr(ops.EFFECT)
+QUANTIZED = tl.constexpr(ops.QUANTIZED)
 VECTOR_BYTES = tl.constexpr(16)
 TABLE_COLUMNS = tl.constexpr(5)  # address, gradient's address, numel, offset, first chunk
 
@@ -75,9 +85,27 @@ def _store(address, lanes, count, stored, T: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @_helper
+def _everywhere(condition, lanes):
+    """A scalar condition as a mask: spread over the lanes and then compared, because Triton's
+    interpreter spreads a comparison in the dtype of what was compared."""
+    return tl.zeros_like(lanes) != tl.where(condition, 1, 0)
+
+
+@_helper
+def _store_where(applies, address, lanes, count, stored, T: tl.constexpr, WHOLE: tl.constexpr):
+    """`applies`: one for all lanes."""
+    mask = _everywhere(applies, lanes)
+    if not WHOLE:
+        mask = mask & (lanes < count)
+    tl.store(_pointer(address, T, WHOLE) + lanes, stored, mask=mask)
+
+
+@_helper
 def _widen(stored, T: tl.constexpr):
     if T.is_bf16():
         return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif T.is_int8():
+        return stored.to(tl.float32)
     elif T.is_fp16():
         return stored.to(tl.float16, bitcast=True).to(tl.float32)
     else:
@@ -94,6 +122,47 @@ def _narrow(x, T: tl.constexpr):
         return x.to(tl.float16).to(tl.uint16, bitcast=True)
     else:
         return x
+
+
+# NOTE [stochastic rounding] in storage.h has the reasons, and the random numbers that all backends draw.
+@_helper
+def _rounding_key(rounding):
+    """32 bits from [seed, number of the step]; None where nothing is rounded so."""
+    if rounding is None:
+        return None
+    else:
+        x = tl.load(rounding).to(tl.uint64) + tl.load(rounding + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+        return (x ^ (x >> 31)).to(tl.uint32)
+
+
+@_helper
+def _random_bits(positions, key):
+    """32 random bits for each position (int64) in the flat state."""
+    x = positions.to(tl.uint32) ^ (key + (positions >> 32).to(tl.uint32) * 0x9E3779B9)
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@_helper
+def _narrow_stochastically(x, random, T: tl.constexpr):
+    bits = x.to(tl.uint32, bitcast=True)
+    if T.is_bf16():
+        cut = (bits + (random & 0xFFFF)) >> 16
+        return tl.where((bits & 0x7F800000) == 0x7F800000, _narrow(x, T), cut.to(tl.uint16))
+    else:
+        sign = (bits >> 16) & 0x8000
+        magnitude = bits & 0x7FFFFFFF
+        normal = (magnitude - (112 << 23) + (random & 0x1FFF)) >> 13
+        # Below 2^-14 the unit is 2^-24: what is cut off of a multiple of it, plus a fraction below one.
+        is_small = magnitude < 0x38800000
+        small = tl.where(is_small, magnitude, 0).to(tl.float32, bitcast=True) * 16777216.0
+        fraction = (random & 0x1FFF).to(tl.int32).to(tl.float32) * 0.0001220703125
+        subnormal = (small + fraction).to(tl.int32).to(tl.uint32)
+        finite = (sign | tl.where(is_small, subnormal, normal)).to(tl.uint16)
+        return tl.where(magnitude >= 0x477FE000, _narrow(x, T), finite)  # 65504 and above, inf, nan
 
 
 @_helper
@@ -176,6 +245,80 @@ def _is_whole(addresses, count):
     return (addresses % VECTOR_BYTES == 0) & (count == CHUNK)
 
 
+# ---- The average in memory -----------------------------------------------------------------------
+
+# NOTE [tiles of blocks]
+# Where the average is int8, a tile has two dimensions: a row is a block of 128 elements, which share
+# a scale (NOTE [int8 averages] in storage.h). Its largest magnitude is then a maximum along a row,
+# inside a warp.
+
+
+@_helper
+def _lanes(start, BLOCK: tl.constexpr, M: tl.constexpr):
+    """The indices of a tile's elements in its chunk."""
+    if M is not None and M.is_int8():
+        blocks = tl.arange(0, BLOCK // QUANTIZED)[:, None] * QUANTIZED
+        return start + blocks + tl.arange(0, QUANTIZED)[None, :]
+    else:
+        return start + tl.arange(0, BLOCK)
+
+
+@_helper
+def _scale(ema_scale, at, otherwise):
+    """The address of the scale of element `at`; `otherwise` where there are no scales."""
+    if ema_scale is None:
+        return otherwise
+    else:
+        return ema_scale.to(tl.int64) + at // QUANTIZED * 4
+
+
+@_helper
+def _tile_scales(scales, start, BLOCK: tl.constexpr):
+    """Pointers to the scales of a tile's blocks, and each block's first element."""
+    blocks = tl.arange(0, BLOCK // QUANTIZED)[:, None]
+    pointers = scales.to(tl.pointer_type(tl.float32)) + (start // QUANTIZED + blocks)
+    return pointers, start + blocks * QUANTIZED
+
+
+@_helper
+def _load_average(
+    m, scales, start, lanes, count, M: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A tile of the average, NaN where it is unset; None where there is no average."""
+    if M is None:
+        return None
+    elif M.is_int8():
+        pointers, first = _tile_scales(scales, start, BLOCK)
+        return _widen(_load(m, lanes, count, M, WHOLE), M) * tl.load(pointers, mask=first < count, other=0.0)
+    else:
+        return _widen(_load(m, lanes, count, M, WHOLE), M)
+
+
+@_helper
+def _store_average(
+    applies, m, scales, start, lanes, count, average, M: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Lanes beyond `count` must hold zero: they take part in their block's maximum."""
+    if M.is_int8():
+        average = _known(average)
+        largest = tl.max(tl.abs(average), 1)[:, None]
+        # A 127th, rounded up to 17 significant bits; zero below 2^-100.
+        bits = _divide(largest, tl.full(largest.shape, 127.0, tl.float32)).to(tl.uint32, bitcast=True)
+        scale = ((bits + 0x7F) & 0xFFFFFF80).to(tl.float32, bitcast=True)
+        scale = tl.where(largest >= 7.888609052210118e-31, scale, 0.0)
+        is_zero = scale == 0
+        inverse = tl.where(is_zero, 0.0, _divide(tl.full(scale.shape, 1.0, tl.float32), tl.where(is_zero, 1.0, scale)))
+        pointers, first = _tile_scales(scales, start, BLOCK)
+        tl.store(pointers, scale, mask=(first < count) & _everywhere(applies, first))
+        # Adding 1.5 * 2^23 leaves a float whose last bit counts ones.
+        codes = ((average * inverse + 12582912.0).to(tl.uint32, bitcast=True) & 0xFF).to(tl.int8)
+        _store_where(applies, m, lanes, count, codes, M, WHOLE)
+    else:
+        _store_where(applies, m, lanes, count, _narrow(average, M), M, WHOLE)
+
+
 # ---- The ascent ----------------------------------------------------------------------------------
 
 
@@ -212,35 +355,43 @@ def _noise(g, ema, scalars, UPDATED: tl.constexpr):
 
 
 @_helper
+def _sum(x):
+    """Of a tile of one dimension or two."""
+    if len(x.shape) == 2:
+        return tl.sum(tl.sum(x, 1), 0)
+    else:
+        return tl.sum(x, 0)
+
+
+@_helper
 def _sum_chunk(
-    slot, w, g, m, count, scalars, EMA: tl.constexpr, ADAPTIVE: tl.constexpr,
-    UPDATED: tl.constexpr, T: tl.constexpr, S: tl.constexpr, WHOLE: tl.constexpr,
+    slot, w, g, m, scales, count, scalars, ADAPTIVE: tl.constexpr, UPDATED: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, M: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    lanes = tl.arange(0, CHUNK)
+    lanes = _lanes(0, CHUNK, M)
     gradient = _widen(_load(g, lanes, count, T, WHOLE), T) * scalars[0]
-    ema = None
-    if EMA:
-        ema = _load(m, lanes, count, S, WHOLE)
+    ema = _load_average(m, scales, 0, lanes, count, M, S, CHUNK, WHOLE)
     d = _noise(gradient, ema, scalars, UPDATED)
     if ADAPTIVE:
         d = _widen(_load(w, lanes, count, T, WHOLE), T) * d
-    tl.store(slot, tl.sum(d * d, 0))
-    tl.store(slot + 1, tl.sum(gradient * gradient, 0))
-    if EMA:
-        known = _known(ema)
-        tl.store(slot + 2, tl.sum(gradient * known, 0))
-        tl.store(slot + 3, tl.sum(known * known, 0))
-    else:
+    tl.store(slot, _sum(d * d))
+    tl.store(slot + 1, _sum(gradient * gradient))
+    if M is None:
         tl.store(slot + 2, 0.0)
         tl.store(slot + 3, 0.0)
-    tl.store(slot + 4, tl.sum(tl.where(_is_finite(gradient), 0.0, 1.0).to(S), 0))
+    else:
+        known = _known(ema)
+        tl.store(slot + 2, _sum(gradient * known))
+        tl.store(slot + 3, _sum(known * known))
+    tl.store(slot + 4, _sum(tl.where(_is_finite(gradient), 0.0, 1.0).to(S)))
 
 
 @triton.jit(do_not_specialize=["numel", "offset"])
 def noise_norm(
     params, grads, numel: tl.int64, offset: tl.int64, table, rows_of_chunks,
-    ema, grad_scale, sigma: tl.float64, lmbda: tl.float64, partials,
-    ADAPTIVE: tl.constexpr, UPDATED: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
+    ema, ema_scale, grad_scale, sigma: tl.float64, lmbda: tl.float64, partials,
+    ADAPTIVE: tl.constexpr, UPDATED: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Pass A, stage 1: a chunk's sums of d^2, g^2, g m, m^2, non-finite g, into a slot of its own.
 
@@ -248,16 +399,16 @@ def noise_norm(
     """
     row, w, g, at, count = _chunk(params, grads, numel, offset, table, rows_of_chunks, T)
     m = _element(ema, at, g)
+    scales = _scale(ema_scale, at, g)
     scalars = _ascent_scalars(grad_scale, sigma, lmbda, S)
     slot = partials + tl.program_id(0).to(tl.int64) * STATISTICS
-    EMA: tl.constexpr = ema is not None
     addresses = g | m
     if ADAPTIVE:
         addresses = addresses | w
     if _is_whole(addresses, count):
-        _sum_chunk(slot, w, g, m, count, scalars, EMA, ADAPTIVE, UPDATED, T, S, True)
+        _sum_chunk(slot, w, g, m, scales, count, scalars, ADAPTIVE, UPDATED, T, S, M, True)
     else:
-        _sum_chunk(slot, w, g, m, count, scalars, EMA, ADAPTIVE, UPDATED, T, S, False)
+        _sum_chunk(slot, w, g, m, scales, count, scalars, ADAPTIVE, UPDATED, T, S, M, False)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -274,101 +425,195 @@ def sum_partials(partials, chunks: tl.int64, stats, BLOCK: tl.constexpr):
 
 
 @_helper
+def _seen(stored, T: tl.constexpr, FORWARD: tl.constexpr):
+    """What a forward pass in bfloat16 (1) or float16 (2) sees of the weights; 0: as they are stored."""
+    x = _widen(stored, T)
+    if FORWARD == 1:
+        return _widen(_narrow(x, tl.bfloat16), tl.bfloat16)
+    elif FORWARD == 2:
+        return _widen(_narrow(x, tl.float16), tl.float16)
+    else:
+        return x
+
+
+@_helper
 def _perturb_chunk(
-    w, g, m, b, count, finite, step_length, scalars, EMA: tl.constexpr, ADAPTIVE: tl.constexpr,
-    UPDATED: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
+    w, g, m, scales, b, effect, count, finite, step_length, scalars, ADAPTIVE: tl.constexpr,
+    UPDATED: tl.constexpr, FEEDS: tl.constexpr, FORWARD: tl.constexpr, T: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    if effect is not None:
+        effective_sq = tl.zeros_like(_lanes(0, BLOCK, M)).to(S)
+        effective_dot_intended = effective_sq
+        intended_sq = effective_sq
     for start in range(0, count, BLOCK):
-        lanes = start + tl.arange(0, BLOCK)
-        stored = _load(w, lanes, count, T, WHOLE)
-        weight = _widen(stored, T)
+        lanes = _lanes(start, BLOCK, M)
+        if B == T:
+            before = _load(w, lanes, count, T, WHOLE)
+            _store(b, lanes, count, before, T, WHOLE)
+            weight = _widen(before, T)
+        else:
+            weight = _load(b, lanes, count, B, WHOLE)
+            before = _narrow(weight, T)
         gradient = _widen(_load(g, lanes, count, T, WHOLE), T) * scalars[0]
-        ema = None
-        if EMA:
-            ema = _load(m, lanes, count, S, WHOLE)
+        ema = _load_average(m, scales, start, lanes, count, M, S, BLOCK, WHOLE)
         d = _noise(gradient, ema, scalars, UPDATED)
         if ADAPTIVE:
-            moved = weight + weight * weight * d * step_length
+            intended = weight * weight * d * step_length
         else:
-            moved = weight + d * step_length
-        _store(b, lanes, count, stored, T, WHOLE)
-        _store(w, lanes, count, tl.where(finite, _narrow(moved, T), stored), T, WHOLE)
-        if EMA:
+            intended = d * step_length
+        after = _narrow(weight + intended, T)
+        _store_where(finite, w, lanes, count, after, T, WHOLE)
+        if FEEDS and M is not None:
             average = _average(ema, gradient, scalars)
-            _store(m, lanes, count, tl.where(finite, average, ema), S, WHOLE)
+            _store_average(finite, m, scales, start, lanes, count, average, M, BLOCK, WHOLE)
+        if effect is not None:
+            effective = _seen(after, T, FORWARD) - _seen(before, T, FORWARD)
+            effective_sq += effective * effective
+            effective_dot_intended += effective * intended
+            intended_sq += intended * intended
+    if effect is not None:
+        tl.store(effect, tl.where(finite, _sum(effective_sq), 0.0))
+        tl.store(effect + 1, tl.where(finite, _sum(effective_dot_intended), 0.0))
+        tl.store(effect + 2, tl.where(finite, _sum(intended_sq), 0.0))
 
 
 @triton.jit(do_not_specialize=["numel", "offset"])
 def perturb(
     params, grads, numel: tl.int64, offset: tl.int64, table, rows_of_chunks,
-    ema, backup, stats, grad_scale, rho_tensor,
-    rho: tl.float64, sigma: tl.float64, lmbda: tl.float64, eps: tl.float64,
-    ADAPTIVE: tl.constexpr, UPDATED: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ema, ema_scale, backup, stats, grad_scale, rho_tensor,
+    rho: tl.float64, sigma: tl.float64, lmbda: tl.float64, eps: tl.float64, effect,
+    ADAPTIVE: tl.constexpr, UPDATED: tl.constexpr, FEEDS: tl.constexpr, FORWARD: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, M: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Pass B: backup = w; m = lmbda m + (1 - lmbda) g; w = w + rho d / (norm + eps).
 
     Adaptive: w = w + rho |w|^2 d / (norm + eps). Where the norm is not finite w and m keep their
-    bits. Li et al., CVPR 2024 (arXiv 2403.12350), Algorithm 1, and its official code; adaptive:
-    Kwon et al., ICML 2021 (arXiv 2102.11600).
+    bits. Masters are read in the place of w. Li et al., CVPR 2024 (arXiv 2403.12350), Algorithm 1,
+    and its official code; adaptive: Kwon et al., ICML 2021 (arXiv 2102.11600).
     """
     row, w, g, at, count = _chunk(params, grads, numel, offset, table, rows_of_chunks, T)
     m = _element(ema, at, g)
+    scales = _scale(ema_scale, at, g)
     b = _element(backup, at, w)
     scalars = _ascent_scalars(grad_scale, sigma, lmbda, S)
     noise_sq = tl.load(stats)
     finite = _is_finite(noise_sq)
     length = _number(rho_tensor, rho) / (tl.sqrt(noise_sq) + _double(eps))
     length = tl.where(noise_sq > 0, length, 0.0).to(S)
-    EMA: tl.constexpr = ema is not None
+    sums = None
+    if effect is not None:
+        sums = effect + tl.program_id(0).to(tl.int64) * EFFECT
     if _is_whole(w | g | m | b, count):
-        _perturb_chunk(w, g, m, b, count, finite, length, scalars, EMA, ADAPTIVE, UPDATED, T, S, BLOCK, True)
+        _perturb_chunk(
+            w, g, m, scales, b, sums, count, finite, length, scalars, ADAPTIVE, UPDATED, FEEDS,
+            FORWARD, T, S, M, B, BLOCK, True,
+        )  # fmt: skip
     else:
-        _perturb_chunk(w, g, m, b, count, finite, length, scalars, EMA, ADAPTIVE, UPDATED, T, S, BLOCK, False)
+        _perturb_chunk(
+            w, g, m, scales, b, sums, count, finite, length, scalars, ADAPTIVE, UPDATED, FEEDS,
+            FORWARD, T, S, M, B, BLOCK, False,
+        )  # fmt: skip
+
+
+@_helper
+def _applies(stats, found_inf):
+    """Whether a step updates: neither the ascent nor the scaler met a non-finite gradient."""
+    return _is_finite(_number(stats, 0.0)) & (_number(found_inf, 0.0) == 0)
+
+
+@_helper
+def _feed_chunk(
+    g, m, scales, count, applies, scalars, T: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    for start in range(0, count, BLOCK):
+        lanes = _lanes(start, BLOCK, M)
+        gradient = _widen(_load(g, lanes, count, T, WHOLE), T) * scalars[0]
+        ema = _load_average(m, scales, start, lanes, count, M, S, BLOCK, WHOLE)
+        average = tl.where(_is_finite(gradient), _average(ema, gradient, scalars), ema)
+        _store_average(applies, m, scales, start, lanes, count, average, M, BLOCK, WHOLE)
+
+
+@triton.jit(do_not_specialize=["numel", "offset"])
+def update_ema(
+    params, grads, numel: tl.int64, offset: tl.int64, table, rows_of_chunks,
+    ema, ema_scale, stats, grad_scale, found_inf, lmbda: tl.float64,
+    T: tl.constexpr, S: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The average without an ascent: m = lmbda m + (1 - lmbda) g where g is finite."""
+    row, w, g, at, count = _chunk(params, grads, numel, offset, table, rows_of_chunks, T)
+    m = _element(ema, at, g)
+    scales = _scale(ema_scale, at, g)
+    applies = _applies(stats, found_inf)
+    scalars = _ascent_scalars(grad_scale, 0.0, lmbda, S)
+    if _is_whole(g | m, count):
+        _feed_chunk(g, m, scales, count, applies, scalars, T, S, M, BLOCK, True)
+    else:
+        _feed_chunk(g, m, scales, count, applies, scalars, T, S, M, BLOCK, False)
 
 
 # ---- The restore and the base updates ------------------------------------------------------------
 
 
 @_helper
-def _copy_chunk(to, source, count, T: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def _as_weight(stored, T: tl.constexpr, B: tl.constexpr):
+    """The weight in the dtype of the parameters: a copy as it is, a master rounded."""
+    if B == T:
+        return stored
+    else:
+        return _narrow(stored, T)
+
+
+@_helper
+def _copy_chunk(
+    w, b, count, T: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
     for start in range(0, count, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
-        _store(to, lanes, count, _load(source, lanes, count, T, WHOLE), T, WHOLE)
+        _store(w, lanes, count, _as_weight(_load(b, lanes, count, B, WHOLE), T, B), T, WHOLE)
 
 
 @triton.jit(do_not_specialize=["numel", "offset"])
 def restore(
     params, grads, numel: tl.int64, offset: tl.int64, table, rows_of_chunks,
-    backup, T: tl.constexpr, BLOCK: tl.constexpr,
+    backup, T: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Pass C without a base: w = backup, bit for bit."""
+    """Pass C without a base: w = backup, bit for bit, or the rounded masters."""
     row, w, g, at, count = _chunk(params, grads, numel, offset, table, rows_of_chunks, T)
     b = _element(backup, at, w)
     if _is_whole(w | b, count):
-        _copy_chunk(w, b, count, T, BLOCK, True)
+        _copy_chunk(w, b, count, T, B, BLOCK, True)
     else:
-        _copy_chunk(w, b, count, T, BLOCK, False)
+        _copy_chunk(w, b, count, T, B, BLOCK, False)
 
 
 @_helper
-def _applies(stats, found_inf):
-    """Whether pass C updates: neither the ascent nor the scaler met a non-finite gradient."""
-    return _is_finite(_number(stats, 0.0)) & (_number(found_inf, 0.0) == 0)
+def _store_weights(
+    applies, w, b, at, lanes, count, stored, new, key, T: tl.constexpr, B: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The updated weights where the update `applies`, else those that were `stored`."""
+    if key is not None:
+        low = _narrow_stochastically(new, _random_bits(at + lanes, key), T)
+    else:
+        low = _narrow(new, T)
+    if B != T:
+        _store_where(applies, b, lanes, count, new, B, WHOLE)
+    _store(w, lanes, count, tl.where(applies, low, _as_weight(stored, T, B)), T, WHOLE)
 
 
 @_helper
 def _sgd_chunk(
-    w, g, b, m, count, applies, scalars, MOMENTUM: tl.constexpr, DECAY: tl.constexpr,
+    w, g, b, m, at, count, applies, scalars, key, MOMENTUM: tl.constexpr, DECAY: tl.constexpr,
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    B: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     inverse_scale, lr, momentum, one_minus_dampening, weight_decay = scalars
     for start in range(0, count, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
-        stored = _load(b, lanes, count, T, WHOLE)
-        weight = _widen(stored, T)
+        stored = _load(b, lanes, count, B, WHOLE)
+        weight = _widen(stored, B)
         gradient = _widen(_load(g, lanes, count, T, WHOLE), T) * inverse_scale
         if MAXIMIZE:
             gradient = -gradient
@@ -378,27 +623,27 @@ def _sgd_chunk(
             buffer = _load(m, lanes, count, S, WHOLE)
             updated = momentum * buffer + one_minus_dampening * gradient
             updated = tl.where(buffer != buffer, gradient, updated)
-            _store(m, lanes, count, tl.where(applies, updated, buffer), S, WHOLE)
+            _store_where(applies, m, lanes, count, updated, S, WHOLE)
             if NESTEROV:
                 gradient = gradient + momentum * updated
             else:
                 gradient = updated
-        new = _narrow(weight - lr * gradient, T)
-        _store(w, lanes, count, tl.where(applies, new, stored), T, WHOLE)
+        new = weight - lr * gradient
+        _store_weights(applies, w, b, at, lanes, count, stored, new, key, T, B, WHOLE)
 
 
 @triton.jit(do_not_specialize=["numel", "offset"])
 def restore_sgd(
     params, grads, numel: tl.int64, offset: tl.int64, table, rows_of_chunks,
     backup, momentum_buffer, stats, grad_scale, found_inf, lr_tensor,
-    lr: tl.float64, momentum: tl.float64, dampening: tl.float64, weight_decay: tl.float64,
+    lr: tl.float64, momentum: tl.float64, dampening: tl.float64, weight_decay: tl.float64, rounding,
     DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Pass C with SGD: w = backup; g = g + decay w; v = momentum v + (1 - dampening) g; w -= lr v.
 
     Source: torch.optim.SGD. Without a backup it starts from w; where it does not apply it only
-    restores.
+    restores. Masters are updated, and w is their rounded copy.
     """
     row, w, g, at, count = _chunk(params, grads, numel, offset, table, rows_of_chunks, T)
     b = _element(backup, at, w)
@@ -411,16 +656,17 @@ def restore_sgd(
         (1.0 - _double(dampening)).to(S),
         _double(weight_decay).to(S),
     )
+    key = _rounding_key(rounding)
     MOMENTUM: tl.constexpr = momentum_buffer is not None
     if _is_whole(w | g | b | m, count):
         _sgd_chunk(
-            w, g, b, m, count, applies, scalars, MOMENTUM, DECAY, NESTEROV, MAXIMIZE,
-            T, S, BLOCK, True,
+            w, g, b, m, at, count, applies, scalars, key, MOMENTUM, DECAY, NESTEROV, MAXIMIZE,
+            T, S, B, BLOCK, True,
         )  # fmt: skip
     else:
         _sgd_chunk(
-            w, g, b, m, count, applies, scalars, MOMENTUM, DECAY, NESTEROV, MAXIMIZE,
-            T, S, BLOCK, False,
+            w, g, b, m, at, count, applies, scalars, key, MOMENTUM, DECAY, NESTEROV, MAXIMIZE,
+            T, S, B, BLOCK, False,
         )  # fmt: skip
 
 
@@ -459,15 +705,15 @@ def _power(base, exponent, TWICE: tl.constexpr):
 
 @_helper
 def _adam_chunk(
-    w, g, b, m, v, count, applies, scalars, step_size, sqrt_second, DECAY: tl.constexpr,
+    w, g, b, m, v, at, count, applies, scalars, step_size, sqrt_second, key, DECAY: tl.constexpr,
     DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    B: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     inverse_scale, weight_decay, keep, one_minus_beta1, beta2, one_minus_beta2, eps = scalars
     for start in range(0, count, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
-        stored = _load(b, lanes, count, T, WHOLE)
-        weight = _widen(stored, T)
+        stored = _load(b, lanes, count, B, WHOLE)
+        weight = _widen(stored, B)
         gradient = _widen(_load(g, lanes, count, T, WHOLE), T) * inverse_scale
         if MAXIMIZE:
             gradient = -gradient
@@ -480,10 +726,10 @@ def _adam_chunk(
         new_first = first + one_minus_beta1 * (gradient - first)
         new_second = beta2 * second + one_minus_beta2 * (gradient * gradient)
         denominator = _divide(_square_root(new_second), sqrt_second) + eps
-        new = _narrow(weight - step_size * _divide(new_first, denominator), T)
-        _store(m, lanes, count, tl.where(applies, new_first, first), S, WHOLE)
-        _store(v, lanes, count, tl.where(applies, new_second, second), S, WHOLE)
-        _store(w, lanes, count, tl.where(applies, new, stored), T, WHOLE)
+        new = weight - step_size * _divide(new_first, denominator)
+        _store_where(applies, m, lanes, count, new_first, S, WHOLE)
+        _store_where(applies, v, lanes, count, new_second, S, WHOLE)
+        _store_weights(applies, w, b, at, lanes, count, stored, new, key, T, B, WHOLE)
 
 
 @triton.jit(do_not_specialize=["numel", "offset"])
@@ -491,15 +737,15 @@ def restore_adam(
     params, grads, numel: tl.int64, offset: tl.int64, table, rows_of_chunks,
     backup, exp_avg, exp_avg_sq, steps, stats, grad_scale, found_inf, lr_tensor,
     lr: tl.float64, beta1: tl.float64, beta2: tl.float64, eps: tl.float64,
-    weight_decay: tl.float64,
+    weight_decay: tl.float64, rounding,
     DECAY: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Pass C with Adam: w = backup - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
 
     m = m + (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g^2; decoupled: w (1 - lr decay) first.
     Source: torch.optim.Adam and AdamW. Without a backup it starts from w; where it does not apply
-    it only restores.
+    it only restores. Masters are updated, and w is their rounded copy.
     """
     row, w, g, at, count = _chunk(params, grads, numel, offset, table, rows_of_chunks, T)
     b = _element(backup, at, w)
@@ -521,13 +767,14 @@ def restore_adam(
     TWICE: tl.constexpr = S.is_fp64()
     step_size = (rate / (1.0 - _power(_double(beta1), step, TWICE))).to(S)
     sqrt_second = tl.sqrt(1.0 - _power(_double(beta2), step, TWICE)).to(S)
+    key = _rounding_key(rounding)
     if _is_whole(w | g | b | m | v, count):
         _adam_chunk(
-            w, g, b, m, v, count, applies, scalars, step_size, sqrt_second,
-            DECAY, DECOUPLED, MAXIMIZE, T, S, BLOCK, True,
+            w, g, b, m, v, at, count, applies, scalars, step_size, sqrt_second, key,
+            DECAY, DECOUPLED, MAXIMIZE, T, S, B, BLOCK, True,
         )  # fmt: skip
     else:
         _adam_chunk(
-            w, g, b, m, v, count, applies, scalars, step_size, sqrt_second,
-            DECAY, DECOUPLED, MAXIMIZE, T, S, BLOCK, False,
+            w, g, b, m, v, at, count, applies, scalars, step_size, sqrt_second, key,
+            DECAY, DECOUPLED, MAXIMIZE, T, S, B, BLOCK, False,
         )  # fmt: skip
