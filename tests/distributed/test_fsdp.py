@@ -11,14 +11,27 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_module
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from fsam_ext import distributed
+from fsam_ext import FriendlySAM, distributed
 
 from ..conformance import identical
 from .ranks import run
-from .training import batches, distance, make, network, shard, state_vector, train, train_alone, wide_network
+from .training import (
+    SGD,
+    batches,
+    distance,
+    make,
+    network,
+    shard,
+    state_vector,
+    train,
+    train_alone,
+    vector,
+    whole,
+    wide_network,
+)
 
 STEPS = 12
 
@@ -131,3 +144,62 @@ def test_state_of_the_rank_that_holds_most_is_what_the_page_says(base):
     held = run(4, bytes_of_state, base)
     assert held[0][0] == held[0][1]
     assert all(nbytes <= held[0][0] for nbytes, _ in held)
+
+
+def partial_gradients():
+    """Sequence parallelism: replicated weights meet sharded activations; each rank has an addend of their gradient."""
+    mesh = init_device_mesh("cpu", (2,))
+    values = torch.ones(6).double(), torch.zeros(6).double()
+    scale, shift = (nn.Parameter(distribute_tensor(value, mesh, [Replicate()])) for value in values)
+    optimizer = FriendlySAM([scale, shift], SGD, rho=0.2, lr=0.05, momentum=0.9)
+    history = []
+    for x, y in batches(STEPS):
+        for half in (optimizer.first_step, optimizer.second_step):
+            out = DTensor.from_local(shard((x, y))[0], mesh, [Shard(0)]) * scale + shift
+            (out.full_tensor().sum(1, keepdim=True) - y).square().mean().backward()
+            assert scale.grad.placements[0].is_partial()
+            half(zero_grad=True)
+        history.append(vector([scale, shift]))
+    return torch.stack(history)
+
+
+def test_partial_gradients_are_summed():
+    scale, shift = (nn.Parameter(v.double()) for v in (torch.ones(6), torch.zeros(6)))
+    optimizer = FriendlySAM([scale, shift], SGD, rho=0.2, lr=0.05, momentum=0.9)
+    history = []
+    for x, y in batches(STEPS):
+        for half in (optimizer.first_step, optimizer.second_step):
+            ((x * scale + shift).sum(1, keepdim=True) - y).square().mean().backward()
+            half(zero_grad=True)
+        history.append(vector([scale, shift]))
+    for mine in run(2, partial_gradients):
+        assert distance(mine, torch.stack(history)) < 1e-12
+
+
+def loads_between():
+    """A plain checkpoint into a sharded optimizer, and a sharded one into a plain one, by load_state_dict itself."""
+    plain = network()
+    alone = make(plain, "adamw")
+    train(plain, alone, batches(4), part=lambda batch: batch)
+    model = sharded()
+    for p, q in zip(model.parameters(), plain.parameters()):
+        p.data.copy_(distribute_tensor(q.data, p.device_mesh, p.placements))
+    optimizer = make(model, "adamw")
+    optimizer.load_state_dict(alone.state_dict())
+    for p, q in zip(model.parameters(), plain.parameters()):
+        for name in ("ema", "exp_avg", "exp_avg_sq"):
+            assert isinstance(optimizer.state[p][name], DTensor)
+            assert identical(whole(optimizer.state[p][name]), alone.state[q][name])
+    copy = network()
+    copy.load_state_dict(plain.state_dict())
+    back = make(copy, "adamw")
+    back.load_state_dict(optimizer.state_dict())
+    data = batches(4, first=4)
+    expected = train(plain, alone, data, part=lambda batch: batch)
+    return expected, train(copy, back, data, part=lambda batch: batch), train(model, optimizer, data)
+
+
+def test_load_state_dict_takes_sharded_and_whole_state():
+    for expected, back, mine in run(2, loads_between):
+        assert identical(back, expected)
+        assert distance(mine, expected) < 1e-12
