@@ -253,7 +253,7 @@ def _fsdp_param_groups() -> Iterator[tuple[Any, Any]]:
     for module in list(_module_state_mapping):
         if isinstance(module, fsdp.FSDPModule):
             state = module._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None)  # a list since torch 2.12
+            groups = getattr(state, "_fsdp_param_groups", None)  # a list in newer releases of torch
             for group in [state._fsdp_param_group] if groups is None else groups:
                 if group is not None:
                     yield module, group
