@@ -179,7 +179,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="steps of each size; the median counts")
     parser.add_argument("--write", type=Path, help="a page with the markers scaling:begin and scaling:end")
     arguments = parser.parse_args()
-    text = tables(arguments.ranks, arguments.rounds)
+    load = os.getloadavg()[0]
+    text = tables(arguments.ranks, arguments.rounds) + f" Load of the machine before: {load:.1f}."
     print(text)
     if arguments.write is not None:
         begin, end = "<!-- scaling:begin -->", "<!-- scaling:end -->"
