@@ -315,26 +315,33 @@ __device__ __forceinline__ void walk_together(int n, Work& work) {
   }
 }
 
-// to = from, bit for bit.
-template <class T>
+// to = from, bit for bit; or rounded, where the masters of 16-bit parameters are copied.
+template <class From, class To>
 struct Copy {
-  const T* from;
-  T* to;
+  const From* from;
+  To* to;
 
-  using Loaded = Pack<T, kGroup<T>>;
+  using Loaded = Pack<From, kGroup<To>>;
   template <class Access>
   __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
     access.template load<Reuse::late>(from + at, x);
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int at, const Loaded& x) const {
-    access.template store<Reuse::soon>(to + at, x);
+    if constexpr (std::is_same_v<From, To>) {
+      access.template store<Reuse::soon>(to + at, x);
+    } else {
+      Pack<To, kGroup<To>> low;
+#pragma unroll
+      for (int j = 0; j < kGroup<To>; ++j) narrow(x.v[j], low.v[j]);
+      access.template store<Reuse::soon>(to + at, low);
+    }
   }
 };
-template <class T>
-__device__ __forceinline__ void copy(const T* from, T* to, int n) {
-  Copy<T> work{from, to};
-  walk<T>(n, is_aligned(from) && is_aligned(to), work);
+template <class From, class To>
+__device__ __forceinline__ void copy(const From* from, To* to, int n) {
+  Copy<From, To> work{from, to};
+  walk<To>(n, is_aligned(from) && is_aligned(to), work);
 }
 
 // ---- The average -------------------------------------------------------------------------------
@@ -627,7 +634,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         is_aligned(w) && is_aligned(g) && is_aligned(ema.data) && is_aligned(backup) && is_aligned(master);
     walk_averages<T, M>(piece.n, aligned, work);
   } else if (!kMaster) {
-    copy<T>(w, backup, piece.n);
+    copy<T, T>(w, backup, piece.n);
   }
   if (measures) {
     const S sums[kEffect] = {warp_sum(work.effect.effective_sq), warp_sum(work.effect.effective_dot_intended),
@@ -684,35 +691,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
 // ---- Pass C ------------------------------------------------------------------------------------
 
-// w = the masters, rounded: what w was.
-template <class T>
-struct RoundMaster {
-  using S = compute_t<T>;
-  const S* master;
-  T* w;
-
-  using Loaded = Pack<S, kGroup<T>>;
-  template <class Access>
-  __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
-    access.template load<Reuse::late>(master + at, x);
-  }
-  template <class Access>
-  __device__ __forceinline__ void finish(Access access, int at, const Loaded& x) const {
-    Pack<T, kGroup<T>> low;
-#pragma unroll
-    for (int j = 0; j < kGroup<T>; ++j) narrow(x.v[j], low.v[j]);
-    access.template store<Reuse::soon>(w + at, low);
-  }
-};
-
-// w = the saved weights: a copy of them, or the masters.
+// w = the saved weights: a copy of them, or the masters, rounded: what w was.
 template <class T, bool kMaster>
 __device__ __forceinline__ void restore(T* w, const T* backup, const compute_t<T>* master, int n) {
   if constexpr (kMaster) {
-    RoundMaster<T> work{master, w};
-    walk<T>(n, is_aligned(master) && is_aligned(w), work);
+    copy(master, w, n);
   } else if (backup != nullptr) {
-    copy<T>(backup, w, n);
+    copy(backup, w, n);
   }
 }
 
