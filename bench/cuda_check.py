@@ -89,7 +89,10 @@ class Kernel:
         """What the pass reads for each parameter."""
         storage = SIZES[self.arguments[0]]
         state = 8 if storage == 8 else 4
-        if self.op in ("noise_norm", "update_ema"):
+        if self.op == "noise_norm":
+            _, average, adaptive, _ = self.arguments
+            return storage + SIZES[average] + (adaptive == "true") * storage
+        if self.op == "update_ema":
             return storage + SIZES[self.arguments[1]]
         if self.op == "perturb":
             _, average, master, _ = self.arguments

@@ -293,6 +293,22 @@ __device__ __forceinline__ void walk(int n, bool aligned, Work& work) {
   }
 }
 
+// NOTE [blocks on a multiprocessor]
+// Memory is busy while enough bytes are under way: 44 KB a multiprocessor on the fastest GPU there is
+// (bench/cuda_check.py, NOTE [bytes in flight]). A pass that reads few bytes for each parameter needs more threads for
+// that, so it is compiled for as many blocks as it takes, at least two. That is why ASAM's norm, which reads the
+// weights as well, is a kernel of its own: the registers for them would cost the others their blocks.
+template <class T, int kBytesPerParameter>
+constexpr int kBlocksFor = []() {
+  constexpr int kBytes = kThreads * kGroup<T> * kInFlight<T> * kBytesPerParameter;
+  constexpr int kNeeded = (44 * 1024 + kBytes - 1) / kBytes;
+  return kNeeded < kBlocksPerSm ? kBlocksPerSm : kNeeded;
+}();
+template <class M>
+constexpr int kBytesOf = sizeof(M);
+template <>
+constexpr int kBytesOf<void> = 0;
+
 // As walk, for work whose lanes have to meet inside finish: they all call it in step, those past the end with a group
 // of no elements.
 template <class T, int kGroups = kInFlight<T>, class Work>
@@ -414,7 +430,7 @@ __device__ __forceinline__ void walk_averages(int n, bool aligned, Work& work) {
 
 // ---- Pass A ------------------------------------------------------------------------------------
 
-template <class T, class M>
+template <class T, class M, bool kAdaptive>
 struct NoiseNorm {
   using S = compute_t<T>;
   const T* w;
@@ -431,14 +447,15 @@ struct NoiseNorm {
   __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
     access.template load<Reuse::soon>(g + at, x.g);
     load_average<Reuse::soon>(access, ema, at, x.ema);
-    if (s.adaptive) access.template load<Reuse::soon>(w + at, x.w);
+    if constexpr (kAdaptive) access.template load<Reuse::soon>(w + at, x.w);
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int, const Loaded& x) {
 #pragma unroll
     for (int j = 0; j < kGroup<T>; ++j) {
       if (!access.has(j)) continue;
-      const S weight = s.adaptive ? S(widen(x.w.v[j])) : S(0);
+      S weight(0);
+      if constexpr (kAdaptive) weight = widen(x.w.v[j]);
       accumulate<has_average<M>>(sums, weight, S(widen(x.g.v[j])), average_at<T, M>(x.ema, j), s);
     }
   }
@@ -476,8 +493,8 @@ __device__ __forceinline__ void store_sums(const Rows& table, const Piece& piece
   }
 }
 
-template <class T, class M, class Rows>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+template <class T, class M, bool kAdaptive, class Rows>
+__global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) * (kAdaptive ? 2 : 1) + kBytesOf<M>>)
     noise_norm_kernel(const Rows __grid_constant__ table, const NoiseNormArguments<compute_t<T>> a) {
   using S = compute_t<T>;
   using Scalars = AscentScalars<S>;
@@ -485,7 +502,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   CUDA_SHARED(Scalars, scalars);
   CUDA_SHARED(WarpSums, warp_sums);
   if (threadIdx.x == 0) {
-    scalars = ascent_scalars<S>(1.0 / value_of(a.grad_scale), a.sigma, a.lmbda, 0.0, a.adaptive, a.updated);
+    scalars = ascent_scalars<S>(1.0 / value_of(a.grad_scale), a.sigma, a.lmbda, 0.0, kAdaptive, a.updated);
   }
   __syncthreads();
 
@@ -493,8 +510,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const T* w = static_cast<const T*>(table.param[piece.row]) + piece.begin;
   const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
   const AverageSlice<M> ema = slice_of<M>(a.ema, table.offset[piece.row] + piece.begin);
-  const bool aligned = is_aligned(g) && is_aligned(ema.data) && (!a.adaptive || is_aligned(w));
-  NoiseNorm<T, M> work{w, g, ema, scalars, {}};
+  const bool aligned = is_aligned(g) && is_aligned(ema.data) && (!kAdaptive || is_aligned(w));
+  NoiseNorm<T, M, kAdaptive> work{w, g, ema, scalars, {}};
   walk<T>(piece.n, aligned, work);
 
   const S sums[kStatistics] = {warp_sum(work.sums.noise_sq), warp_sum(work.sums.grad_sq),
@@ -604,7 +621,8 @@ struct PerturbPrologue {
 };
 
 template <class T, class M, bool kMaster, class Rows>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads,
+                                  kBlocksFor<T, (kMaster ? 4 : int(sizeof(T))) + int(sizeof(T)) + kBytesOf<M>>)
     perturb_kernel(const Rows __grid_constant__ table, const PerturbArguments<T> a) {
   using S = compute_t<T>;
   using Prologue = PerturbPrologue<S>;
