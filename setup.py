@@ -291,7 +291,8 @@ def plan_cuda_library(ninja: NinjaFile, torch: Torch, compiler: str, nvcc: str) 
         f"-std=c++20 -O3 -fmad=false -lineinfo {compress} {' '.join(gencode)} -Xcompiler={host} {TARGET} "
         f"-Icsrc -isystem {quote(torch.include)}"
     )
-    ninja.rule("nvcc", f"{base} {flags} $flags -MD -MF $out.d -c $in -o $out", depfile=True)
+    # Line information holds the path of the source as it was given: by this one it is the same on every machine.
+    ninja.rule("nvcc", f"{base} {flags} $flags -MD -MF $out.d -c /proc/self/cwd/$in -o $out", depfile=True)
     ninja.rule(
         "nvlink",
         # torch goes straight to the host linker: nvcc writes what it is told itself into the library.

@@ -312,22 +312,24 @@ constexpr int kBytesOf<void> = 0;
 // As walk, for work whose lanes have to meet inside finish: they all call it in step, those past the end with a group
 // of no elements.
 template <class T, int kGroups = kInFlight<T>, class Work>
-__device__ __forceinline__ void walk_together(int n, Work& work) {
+__device__ __forceinline__ void walk_together(int n, bool aligned, Work& work) {
   constexpr int kStride = kWarp * kGroup<T>;
-  const auto part = [](int left) { return Part{left < 0 ? 0 : left < kGroup<T> ? left : kGroup<T>}; };
-  const int first = threadIdx.x % kWarp * kGroup<T>;
-  for (int start = 0; start < n; start += kGroups * kStride) {
-    typename Work::Loaded loaded[kGroups];
+  int at = threadIdx.x % kWarp * kGroup<T>;
+  int left = n;  // for the warp
+  if (aligned) {
+    for (; left >= kGroups * kStride; left -= kGroups * kStride, at += kGroups * kStride) {
+      typename Work::Loaded loaded[kGroups];
 #pragma unroll
-    for (int k = 0; k < kGroups; ++k) {
-      const int at = start + k * kStride + first;
-      work.load(part(n - at), at, loaded[k]);
-    }
+      for (int k = 0; k < kGroups; ++k) work.load(Whole{}, at + k * kStride, loaded[k]);
 #pragma unroll
-    for (int k = 0; k < kGroups; ++k) {
-      const int at = start + k * kStride + first;
-      if (start + k * kStride < n) work.finish(part(n - at), at, loaded[k]);
+      for (int k = 0; k < kGroups; ++k) work.finish(Whole{}, at + k * kStride, loaded[k]);
     }
+  }
+  for (; left > 0; left -= kStride, at += kStride) {
+    const Part part{n <= at ? 0 : n - at < kGroup<T> ? n - at : kGroup<T>};
+    typename Work::Loaded loaded;
+    work.load(part, at, loaded);
+    work.finish(part, at, loaded);
   }
 }
 
@@ -422,7 +424,7 @@ __device__ __forceinline__ void store_average(Access access, const AverageSlice<
 template <class T, class M, class Work>
 __device__ __forceinline__ void walk_averages(int n, bool aligned, Work& work) {
   if constexpr (is_quantized<M>) {
-    walk_together<T>(n, work);
+    walk_together<T>(n, aligned, work);
   } else {
     walk<T>(n, aligned, work);
   }
@@ -543,23 +545,22 @@ __global__ void __launch_bounds__(kSumThreads) sum_slots_kernel(const S* slots, 
 
 // ---- Pass B ------------------------------------------------------------------------------------
 
-// What the forward pass sees of a weight that is stored as T.
-template <class T>
-__device__ __forceinline__ compute_t<T> seen(T stored, Forward forward) {
-  const compute_t<T> x = widen(stored);
-  if constexpr (sizeof(compute_t<T>) == 4) {
-    if (forward == Forward::bfloat16) {
-      bfloat16 low;
-      narrow(x, low);
-      return widen(low);
-    }
-    if (forward == Forward::half) {
-      half low;
-      narrow(x, low);
-      return widen(low);
-    }
+// What the forward pass sees of a weight.
+__device__ __forceinline__ double seen(double weight, Forward) {
+  return weight;
+}
+__device__ __forceinline__ float seen(float weight, Forward forward) {
+  if (forward == Forward::bfloat16) {
+    bfloat16 low;
+    narrow(weight, low);
+    return widen(low);
   }
-  return x;
+  if (forward == Forward::half) {
+    half low;
+    narrow(weight, low);
+    return widen(low);
+  }
+  return weight;
 }
 
 template <class T, class M, bool kMaster>
@@ -603,9 +604,13 @@ struct Perturb {
       const S intended = perturbation(start, noise<has_average<M>>(gradient, average, s), s);
       narrow(start + intended, after.v[j]);
       if (measures && access.has(j)) {
-        T before;
-        narrow(start, before);
-        accumulate(effect, seen(after.v[j], forward) - seen(before, forward), intended);
+        S before = start;
+        if constexpr (kMaster) {
+          T low;
+          narrow(start, low);
+          before = widen(low);
+        }
+        accumulate(effect, seen(S(widen(after.v[j])), forward) - seen(before, forward), intended);
       }
       fresh[j] = ema_update(average, gradient, s.lmbda, s.one_minus_lmbda);
     }
@@ -657,7 +662,8 @@ __global__ void __launch_bounds__(kThreads,
   if (measures) {
     const S sums[kEffect] = {warp_sum(work.effect.effective_sq), warp_sum(work.effect.effective_dot_intended),
                              warp_sum(work.effect.intended_sq)};
-    store_sums(table, piece, sums, warp_sums, a.effect, kEffect, 1);
+    // The piece is found again: its registers are worth more during the walk.
+    store_sums(table, piece_of(table, threadIdx.x / kWarp), sums, warp_sums, a.effect, kEffect, 1);
   }
 }
 
@@ -691,7 +697,7 @@ struct UpdateEma {
 };
 
 template <class T, class M, class Rows>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) + kBytesOf<M>>)
     update_ema_kernel(const Rows __grid_constant__ table, const UpdateEmaArguments a) {
   using S = compute_t<T>;
   using Scalars = AscentScalars<S>;
