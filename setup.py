@@ -282,13 +282,17 @@ def plan_cuda_library(ninja: NinjaFile, torch: Torch, compiler: str, nvcc: str) 
     said = subprocess.run([nvcc, "--list-gpu-code"], text=True, capture_output=True).stdout
     supported = set(re.findall(r"sm_(\w+)", said))
     gencode = gencode_flags(os.environ.get("TORCH_CUDA_ARCH_LIST"), supported)
+    # A seventh smaller than -compress-all, which nvcc before 12.8 has to do with.
+    knows_modes = "--compress-mode" in subprocess.run([nvcc, "--help"], text=True, capture_output=True).stdout
+    compress = "--compress-mode=size" if knows_modes else "-Xfatbin=-compress-all"
     host = f"-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-fmacro-prefix-map={quote(torch.include)}/="
     base = f"{quote(nvcc)} -ccbin {quote(shlex.split(compiler)[-1])}"
     flags = (
-        f"-std=c++20 -O3 -fmad=false -lineinfo -Xfatbin=-compress-all {' '.join(gencode)} -Xcompiler={host} {TARGET} "
+        f"-std=c++20 -O3 -fmad=false -lineinfo {compress} {' '.join(gencode)} -Xcompiler={host} {TARGET} "
         f"-Icsrc -isystem {quote(torch.include)}"
     )
-    ninja.rule("nvcc", f"{base} {flags} $flags -MD -MF $out.d -c $in -o $out", depfile=True)
+    # Line information holds the path of the source as it was given: by this one it is the same on every machine.
+    ninja.rule("nvcc", f"{base} {flags} $flags -MD -MF $out.d -c /proc/self/cwd/$in -o $out", depfile=True)
     ninja.rule(
         "nvlink",
         # torch goes straight to the host linker: nvcc writes what it is told itself into the library.

@@ -89,7 +89,10 @@ class Kernel:
         """What the pass reads for each parameter."""
         storage = SIZES[self.arguments[0]]
         state = 8 if storage == 8 else 4
-        if self.op in ("noise_norm", "update_ema"):
+        if self.op == "noise_norm":
+            _, average, adaptive, _ = self.arguments
+            return storage + SIZES[average] + (adaptive == "true") * storage
+        if self.op == "update_ema":
             return storage + SIZES[self.arguments[1]]
         if self.op == "perturb":
             _, average, master, _ = self.arguments
@@ -145,10 +148,10 @@ def missing_tools() -> str | None:
 
 
 def main_loop_lines() -> set[int]:
-    """The lines of kernels.cuh through which the main loop of `walk` reaches memory."""
+    """The lines of kernels.cuh through which the main loops of `walk` and `walk_together` reach memory."""
     lines = KERNELS.read_text().splitlines()
     found = {number for number, text in enumerate(lines, 1) if "Whole{}" in text}
-    assert len(found) == 2, "kernels.cuh: expected one load and one finish of the main loop"
+    assert len(found) == 4, "kernels.cuh: expected one load and one finish of each main loop"
     return found
 
 

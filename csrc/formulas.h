@@ -55,7 +55,8 @@ FSAM_FN double square_root(double x) {
 // Whether a moving average m exists is known where a loop is compiled (kEma); without one d = g (SAM, ASAM). With one:
 //   d = g - sigma * m_prev  the official code
 //   d = g - sigma * m_new   Algorithm 1 of the paper (`updated`)
-// The flags are the same for all elements, so a branch on them costs nothing beside a memory access.
+// The flags are the same for all elements, so a branch on them costs nothing beside a memory access; where one decides
+// about registers, as on a GPU, a kernel may know it when it is compiled.
 template <class S>
 struct AscentScalars {
   S inverse_scale;    // 1 / loss scale: gradients are unscaled where they are read

@@ -105,6 +105,8 @@ FSAM_FN auto narrow_half(V x) {
 // probability that the cut-off part says keeps the update in the mean. The random bits come from a counter, not from a
 // generator with state: a hash of the seed, the number of the step and the element's position in the flat state, so
 // every backend and every number of threads draw the same ones.
+// The high half of a position is taken once for a group of lanes: slices start at multiples of 16, so no group crosses
+// 2^32.
 FSAM_FN uint32_t rounding_key(uint64_t seed, uint64_t step) {
   uint64_t x = seed + step * 0x9e3779b97f4a7c15u;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;

@@ -34,7 +34,8 @@ def effective_norm_and_cosine(effect: Tensor) -> tuple[Tensor, Tensor]:
 class EffectWatch:
     """Looks at the first ascent, the 10th, the 100th, ... and warns once where too little of a perturbation is left.
 
-    The numbers travel to the host behind the step and are read when they have arrived: no step waits.
+    The numbers travel to the host behind the step and are read when they have arrived: no step waits. On devices that
+    are neither the CPU nor CUDA, where that cannot be had in this way, it does not look.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,8 @@ class EffectWatch:
         if self._warned or not effects:
             return
         device = effects[0].device
+        if device.type not in ("cpu", "cuda"):
+            return
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         self._ascents += 1

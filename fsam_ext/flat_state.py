@@ -34,9 +34,12 @@ FILL = {
 }
 
 
-def aligned_numel(numel: int, dtype: torch.dtype) -> int:
-    """``numel`` rounded up so that the next slice is aligned in buffers of ``dtype`` and of its state's dtype."""
-    unit = ALIGNMENT_BYTES // dtype.itemsize
+def aligned_numel(numel: int, dtype: torch.dtype, quantized: bool = False) -> int:
+    """``numel`` rounded up so that the next slice is aligned in buffers of ``dtype`` and of its state's dtype.
+
+    ``quantized``: and starts a block of an int8 average.
+    """
+    unit = max(ALIGNMENT_BYTES // dtype.itemsize, QUANTIZED if quantized else 1)
     return -(-numel // unit) * unit
 
 
@@ -79,7 +82,6 @@ class FlatState:
         self.state_dtype = compute_dtype(dtype)
         self.masters = masters
         self.dtypes = {"step": torch.float32, "backup": dtype, "ema": ema_dtype}
-        self.unit = max(ALIGNMENT_BYTES // dtype.itemsize, QUANTIZED if self.quantized else 0)
         self.offset: dict[Tensor, int] = {}
         self.index: dict[Tensor, int] = {}
         self.numel = 0
@@ -103,7 +105,7 @@ class FlatState:
             if param not in self.offset:
                 self.index[param] = len(self.index)
                 self.offset[param] = self.numel
-                self.numel += -(-local(param).numel() // self.unit) * self.unit
+                self.numel += aligned_numel(local(param).numel(), self.dtype, self.quantized)
 
     def _size(self, name: str) -> int:
         if name == "step":

@@ -644,7 +644,7 @@ class FriendlySAM(Optimizer):
             amp.report_overflow(self._grad_scaler, self, next(iter(self._totals.values()))[0])
         self._backward_count.finished()
         for counter in self._rounding.values():
-            counter[1] += 1
+            counter[1].add_(1)
         for group in self.param_groups:
             group[STEP] += 1
         self._clean()
@@ -682,13 +682,14 @@ class FriendlySAM(Optimizer):
         with ``capturable``, where a host cannot read.
         """
         assert self._generic is not None
-        for _, segment, _ in participants:
-            guards = self._guards(segment.flat.device)
-            if not self.capturable and not guards.applied(torch.ones(())):
+        if not self.capturable and participants:  # all devices have the same sums: one of them tells for all
+            guards = self._guards(participants[0].segment.flat.device)
+            if not guards.applied(torch.ones(())):
                 return
-            if guards.grad_scale is not None:
-                for param in segment.params:
-                    param.grad.div_(guards.grad_scale)
+        for _, segment, grads in participants:
+            grad_scale = self._guards(segment.flat.device).grad_scale
+            if grad_scale is not None:
+                torch._foreach_div_(grads, grad_scale)
         self._generic.step(self.state, self.param_groups)
         for _, segment, _ in participants:
             segment.written()
@@ -825,17 +826,14 @@ class FriendlySAM(Optimizer):
         self._refuse_while_perturbed("load_state_dict()")
         translated = checkpoints.translate(state_dict, self.param_groups)
         entries = checkpoints.entries(translated, self.param_groups)
+        with_scales = {param for param, name, _ in entries if name == "ema_scale"}
         for param, name, value in entries:
             if name in checkpoints.SHAPED and value.shape != param.shape:
                 raise ValueError(
                     f"state '{name}' of {self._describe(param)} has shape {tuple(value.shape)} in the checkpoint; load "
                     "one that was saved with this model"
                 )
-            if (
-                name == "ema"
-                and value.dtype == torch.int8
-                and not any(other is param and scale == "ema_scale" for other, scale, _ in entries)
-            ):
+            if name == "ema" and value.dtype == torch.int8 and param not in with_scales:
                 raise ValueError(
                     f"state 'ema_scale' of {self._describe(param)} is missing in the checkpoint, whose average is "
                     "int8; load one that is complete"

@@ -1,4 +1,4 @@
-"""One set of tensors for all five ops, for tests that compare the bits of two runs."""
+"""One set of tensors for all six ops, for tests that compare the bits of two runs."""
 
 from __future__ import annotations
 

@@ -185,11 +185,14 @@ STORAGES = pytest.mark.parametrize(
 )
 
 
-@STORAGES
-def test_perturb_that_feeds_nothing_leaves_the_average(backend, layout, dtype, stored):
+FLOAT32_STORAGES = pytest.mark.parametrize("stored", (None, *COMPRESSED), ids=dtype_id)
+
+
+@FLOAT32_STORAGES
+def test_perturb_that_feeds_nothing_leaves_the_average(backend, layout, stored):
     """The parameters go where they go with an average that is fed."""
     backend, device = backend
-    inputs, average, _ = ascent(layout, dtype, device, "unset", stored, scaled=False)
+    inputs, average, _ = ascent(layout, torch.float32, device, "unset", stored, scaled=False)
     stats = torch.tensor([2.0, 1, 1, 1, 0], dtype=torch.float64, device=device)
     fed = [copied(inputs.params), copied(average.tensors())]
     before = copied(average.tensors())
@@ -346,17 +349,23 @@ def test_update_ema(backend, layout, dtype, stored, predicates):
     assert all(map(identical, *(list(_tensors(x)) for x in (read_only, [inputs.params, inputs.grads]))))
 
 
-@STORAGES
-@pytest.mark.parametrize("reason", ["stats", "found_inf"])
-def test_a_skipped_step_leaves_the_average(backend, layout, dtype, stored, reason):
-    backend, device = backend
-    inputs, average, _ = ascent(layout, dtype, device, "unset", stored, scaled=False)
+def skipping(reason: str, norm_sq: float, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(stats, found_inf) of which ``reason`` has an update left out; of the ascent, because of its squared norm."""
     stats = torch.ones(ops.STATISTICS, dtype=torch.float64, device=device)
     found_inf = torch.zeros((), device=device)
     if reason == "stats":
-        stats[0] = math.nan
+        stats[0] = norm_sq
     else:
         found_inf.fill_(1.0)
+    return stats, found_inf
+
+
+@FLOAT32_STORAGES
+@pytest.mark.parametrize("reason", ["stats", "found_inf"])
+def test_a_skipped_step_leaves_the_average(backend, layout, stored, reason):
+    backend, device = backend
+    inputs, average, _ = ascent(layout, torch.float32, device, "unset", stored, scaled=False)
+    stats, found_inf = skipping(reason, math.nan, device)
     before = copied(average.tensors())
     where = (inputs.params, inputs.grads, inputs.offsets, average.ema, average.scale)
     ops.update_ema(backend, *where, stats, None, found_inf, LMBDA)
@@ -520,12 +529,7 @@ def test_a_skipped_update_only_restores(backend, layout, dtype, reason, base, wi
     expected = copied(slices(backup, inputs)) if with_backup else copied(inputs.params)
     state = [inputs.flat(), inputs.flat()]
     before = copied(state)
-    stats = torch.ones(ops.STATISTICS, dtype=torch.float64, device=device)
-    found_inf = torch.zeros((), device=device)
-    if reason == "stats":
-        stats[0] = math.inf
-    else:
-        found_inf.fill_(1.0)
+    stats, found_inf = skipping(reason, math.inf, device)
     common = (inputs.params, inputs.grads, inputs.offsets, backup)
     if base == "sgd":
         ops.restore_sgd(backend, *common, state[0], stats, None, found_inf, 0.1, None, 0.9, 0.0, 0.1, True, False, None)

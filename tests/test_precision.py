@@ -469,6 +469,7 @@ def test_an_int8_average_without_its_scales_is_refused_by_load():
     [
         (torch.float32, {}, 8),
         (torch.float32, {"ema_dtype": torch.bfloat16}, 6),
+        (torch.float32, {"ema_dtype": torch.int8}, 5 + 4 / 128),
         (torch.bfloat16, {"master_weights": True}, 4),
         (torch.bfloat16, {"master_weights": True, "ema_dtype": torch.bfloat16}, 2),
         (torch.bfloat16, {"master_weights": True, "ema_dtype": torch.int8}, 1 + 4 / 128),

@@ -480,6 +480,8 @@ REST = [
 ]
 # What averages in other dtypes, masters, stochastic rounding and the effect of a perturbation make of a kernel.
 VARIANTS = [
+    ("noise_norm", "float32", "none"),
+    ("perturb", "bfloat16", "none"),
     ("noise_norm", "float32", "int8"),
     ("noise_norm", "bfloat16", "bfloat16"),
     ("perturb", "float32", "int8"),

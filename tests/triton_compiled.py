@@ -45,11 +45,11 @@ NAMES_IN_TRITON = {
 NAMES = (*ops.NAMES, "sum_partials")
 ASCENT = ("noise_norm", "perturb", "update_ema")  # whose m is the average
 
-# What a kernel may be compiled for beside the plain case: an average in another dtype, masters, stochastic rounding,
-# and the sums that tell the effect of a perturbation.
+# What a kernel may be compiled for beside the plain case: no average or one in another dtype, masters, stochastic
+# rounding, and the sums that tell the effect of a perturbation.
 VARIANTS = {
-    "noise_norm": ("bfloat16", "int8"),
-    "perturb": ("bfloat16", "int8", "masters", "effect"),
+    "noise_norm": ("none", "bfloat16", "int8"),
+    "perturb": ("none", "bfloat16", "int8", "masters", "effect"),
     "update_ema": ("bfloat16", "int8"),
     "restore": ("masters",),
     "restore_sgd": ("masters", "rounding"),
@@ -83,11 +83,13 @@ WRITES_OF_MASTERS = {"perturb": "wm", "restore_sgd": "wbm", "restore_adam": "wbm
 
 
 def reads(name: str, variant: str) -> str:
-    return READS_OF_MASTERS.get(name, READS[name]) if variant == "masters" else READS[name]
+    tensors = READS_OF_MASTERS.get(name, READS[name]) if variant == "masters" else READS[name]
+    return tensors.replace("m", "") if variant == "none" else tensors
 
 
 def writes(name: str, variant: str) -> str:
-    return WRITES_OF_MASTERS.get(name, WRITES[name]) if variant == "masters" else WRITES[name]
+    tensors = WRITES_OF_MASTERS.get(name, WRITES[name]) if variant == "masters" else WRITES[name]
+    return tensors.replace("m", "") if variant == "none" else tensors
 
 
 def tensor_dtypes(name: str, dtype: str, variant: str) -> dict[str, torch.dtype]:
@@ -123,6 +125,8 @@ def compiled(name: str, dtype: str, variant: str, target: GPUTarget, table: bool
     }
     if name == "restore":
         constants["grads"] = None
+    if variant == "none":
+        constants |= {"ema": None, "M": None}
     pointers = {
         **dict.fromkeys(("params", "grads"), dtype),
         "backup": types["b"],

@@ -17,6 +17,16 @@ FSAM_FN void for_lanes(int64_t n, const Body& body) {
 
 #define FSAM_BODY [&](int64_t i, auto access) __attribute__((always_inline))
 
+// Stores around the caches where `stream`: a branch that always goes the same way.
+template <class T, class Access>
+FSAM_FN void put(Access access, bool stream, T* to, const Packed<T>& x) {
+  if (stream) {
+    access.stream(to, x);
+  } else {
+    access.store(to, x);
+  }
+}
+
 // A group of lanes of an average; unset (NaN) where its block's scale is.
 template <class T, class M, class Access>
 FSAM_FN lanes_t<T> load_average(const AverageSlice<M>& ema, int64_t i, Access access) {
@@ -92,9 +102,9 @@ FSAM_FN lanes_t<T> seen(const Packed<T>& stored, Forward forward) {
   return x;
 }
 
-template <class T, class M, bool kMaster, bool kEffect, bool kStream>
+template <class T, class M, bool kMaster, bool kEffect>
 void perturb(T* w, const T* g, const AverageSlice<M>& ema, T* backup, const compute_t<T>* master, int64_t n,
-             const AscentScalars<compute_t<T>>& scalars, bool feeds, Forward forward, compute_t<T>* out) {
+             const AscentScalars<compute_t<T>>& scalars, bool feeds, Forward forward, compute_t<T>* out, bool stream) {
   using V = lanes_t<T>;
   using S = compute_t<T>;
   const AscentScalars<S> s = scalars;
@@ -115,12 +125,11 @@ void perturb(T* w, const T* g, const AverageSlice<M>& ema, T* backup, const comp
         const V intended = perturbation(start, noise<has_average<M>>(gradient, average, s), s);
         const Packed<T> after = narrow<T>(start + intended);
         access.store(w + i, after);
-        if constexpr (!kMaster && kStream) access.stream(backup + i, before);
-        if constexpr (!kMaster && !kStream) access.store(backup + i, before);
+        if constexpr (!kMaster) put(access, stream, backup + i, before);
         if constexpr (kEffect) accumulate(effect, seen(after, forward) - seen(before, forward), intended);
         return ema_update(average, gradient, s.lmbda, s.one_minus_lmbda);
       });
-  if constexpr (kStream) stream_fence();
+  stream_fence();
   if constexpr (kEffect) {
     out[0] = sum(effect.effective_sq);
     out[1] = sum(effect.effective_dot_intended);
@@ -144,13 +153,14 @@ void restore_master(T* w, const compute_t<T>* master, int64_t n) {
 }
 
 // Where pass C takes a weight from and how it gives it back.
-template <class T, bool kMaster, bool kStochastic, bool kStream>
+template <class T, bool kMaster, bool kStochastic>
 struct Weights {
   T* w;
   const T* from;
   compute_t<T>* master;
   int64_t at;
   uint32_t key;
+  bool stream;
 
   template <class Access>
   FSAM_FN lanes_t<T> load(int64_t i, Access access) const {
@@ -170,11 +180,7 @@ struct Weights {
     } else {
       low = narrow<T>(x);
     }
-    if constexpr (kStream) {
-      access.stream(w + i, low);
-    } else {
-      access.store(w + i, low);
-    }
+    put(access, stream, w + i, low);
   }
 };
 
@@ -244,14 +250,13 @@ FSAM_FN bool aligned(const void* p) {
 template <class T, class Call>
 FSAM_FN void choose_weights(T* w, const T* backup, compute_t<T>* master, int64_t at, Rounding rounding, bool stream,
                             const Call& call) {
-  choose_bool(stream && aligned(w), [&](auto st) {
-    const T* from = backup ? backup : w;
-    if constexpr (sizeof(T) == 2) {
-      if (master) return call(Weights<T, true, false, st.value>{w, from, master, at, 0});
-      if (rounding.stochastic) return call(Weights<T, false, true, st.value>{w, from, nullptr, at, rounding.key});
-    }
-    call(Weights<T, false, false, st.value>{w, from, nullptr, at, 0});
-  });
+  const T* from = backup ? backup : w;
+  stream = stream && aligned(w);
+  if constexpr (sizeof(T) == 2) {
+    if (master) return call(Weights<T, true, false>{w, from, master, at, 0, stream});
+    if (rounding.stochastic) return call(Weights<T, false, true>{w, from, nullptr, at, rounding.key, stream});
+  }
+  call(Weights<T, false, false>{w, from, nullptr, at, 0, stream});
 }
 
 template <class T>
@@ -272,13 +277,12 @@ constexpr LeafLoops<T> leaf_loops() {
           choose_bool(effect != nullptr, [&](auto ef) {
             if constexpr (sizeof(T) == 2) {
               if (master) {
-                return perturb<T, M, true, ef.value, false>(w, g, average, nullptr, master, n, s, feeds, forward,
-                                                            effect);
+                return perturb<T, M, true, ef.value>(w, g, average, nullptr, master, n, s, feeds, forward, effect,
+                                                     false);
               }
             }
-            choose_bool(stream && aligned(backup), [&](auto st) {
-              perturb<T, M, false, ef.value, st.value>(w, g, average, backup, nullptr, n, s, feeds, forward, effect);
-            });
+            perturb<T, M, false, ef.value>(w, g, average, backup, nullptr, n, s, feeds, forward, effect,
+                                           stream && aligned(backup));
           });
         });
       },

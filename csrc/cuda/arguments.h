@@ -21,7 +21,7 @@ struct NoiseNormArguments {
   Average ema;
   Number grad_scale;
   double sigma, lmbda;
-  bool adaptive, updated;
+  bool updated;
   S* slots;  // [kStatistics][chunks]
   int64_t chunks;
 };

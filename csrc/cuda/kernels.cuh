@@ -293,48 +293,73 @@ __device__ __forceinline__ void walk(int n, bool aligned, Work& work) {
   }
 }
 
+// NOTE [blocks on a multiprocessor]
+// Memory is busy while enough bytes are under way: 44 KB a multiprocessor on the fastest GPU there is
+// (bench/cuda_check.py, NOTE [bytes in flight]). A pass that reads few bytes for each parameter needs more threads for
+// that, so it is compiled for as many blocks as it takes, at least two. That is why ASAM's norm, which reads the
+// weights as well, is a kernel of its own: the registers for them would cost the others their blocks.
+template <class T, int kBytesPerParameter>
+constexpr int kBlocksFor = []() {
+  constexpr int kBytes = kThreads * kGroup<T> * kInFlight<T> * kBytesPerParameter;
+  constexpr int kNeeded = (44 * 1024 + kBytes - 1) / kBytes;
+  return kNeeded < kBlocksPerSm ? kBlocksPerSm : kNeeded;
+}();
+template <class M>
+constexpr int kBytesOf = sizeof(M);
+template <>
+constexpr int kBytesOf<void> = 0;
+
 // As walk, for work whose lanes have to meet inside finish: they all call it in step, those past the end with a group
 // of no elements.
 template <class T, int kGroups = kInFlight<T>, class Work>
-__device__ __forceinline__ void walk_together(int n, Work& work) {
+__device__ __forceinline__ void walk_together(int n, bool aligned, Work& work) {
   constexpr int kStride = kWarp * kGroup<T>;
-  const auto part = [](int left) { return Part{left < 0 ? 0 : left < kGroup<T> ? left : kGroup<T>}; };
-  const int first = threadIdx.x % kWarp * kGroup<T>;
-  for (int start = 0; start < n; start += kGroups * kStride) {
-    typename Work::Loaded loaded[kGroups];
+  int at = threadIdx.x % kWarp * kGroup<T>;
+  int left = n;  // for the warp
+  if (aligned) {
+    for (; left >= kGroups * kStride; left -= kGroups * kStride, at += kGroups * kStride) {
+      typename Work::Loaded loaded[kGroups];
 #pragma unroll
-    for (int k = 0; k < kGroups; ++k) {
-      const int at = start + k * kStride + first;
-      work.load(part(n - at), at, loaded[k]);
-    }
+      for (int k = 0; k < kGroups; ++k) work.load(Whole{}, at + k * kStride, loaded[k]);
 #pragma unroll
-    for (int k = 0; k < kGroups; ++k) {
-      const int at = start + k * kStride + first;
-      if (start + k * kStride < n) work.finish(part(n - at), at, loaded[k]);
+      for (int k = 0; k < kGroups; ++k) work.finish(Whole{}, at + k * kStride, loaded[k]);
     }
+  }
+  for (; left > 0; left -= kStride, at += kStride) {
+    const Part part{n <= at ? 0 : n - at < kGroup<T> ? n - at : kGroup<T>};
+    typename Work::Loaded loaded;
+    work.load(part, at, loaded);
+    work.finish(part, at, loaded);
   }
 }
 
-// to = from, bit for bit.
-template <class T>
+// to = from, bit for bit; or rounded, where the masters of 16-bit parameters are copied.
+template <class From, class To>
 struct Copy {
-  const T* from;
-  T* to;
+  const From* from;
+  To* to;
 
-  using Loaded = Pack<T, kGroup<T>>;
+  using Loaded = Pack<From, kGroup<To>>;
   template <class Access>
   __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
     access.template load<Reuse::late>(from + at, x);
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int at, const Loaded& x) const {
-    access.template store<Reuse::soon>(to + at, x);
+    if constexpr (std::is_same_v<From, To>) {
+      access.template store<Reuse::soon>(to + at, x);
+    } else {
+      Pack<To, kGroup<To>> low;
+#pragma unroll
+      for (int j = 0; j < kGroup<To>; ++j) narrow(x.v[j], low.v[j]);
+      access.template store<Reuse::soon>(to + at, low);
+    }
   }
 };
-template <class T>
-__device__ __forceinline__ void copy(const T* from, T* to, int n) {
-  Copy<T> work{from, to};
-  walk<T>(n, is_aligned(from) && is_aligned(to), work);
+template <class From, class To>
+__device__ __forceinline__ void copy(const From* from, To* to, int n) {
+  Copy<From, To> work{from, to};
+  walk<To>(n, is_aligned(from) && is_aligned(to), work);
 }
 
 // ---- The average -------------------------------------------------------------------------------
@@ -399,7 +424,7 @@ __device__ __forceinline__ void store_average(Access access, const AverageSlice<
 template <class T, class M, class Work>
 __device__ __forceinline__ void walk_averages(int n, bool aligned, Work& work) {
   if constexpr (is_quantized<M>) {
-    walk_together<T>(n, work);
+    walk_together<T>(n, aligned, work);
   } else {
     walk<T>(n, aligned, work);
   }
@@ -407,7 +432,7 @@ __device__ __forceinline__ void walk_averages(int n, bool aligned, Work& work) {
 
 // ---- Pass A ------------------------------------------------------------------------------------
 
-template <class T, class M>
+template <class T, class M, bool kAdaptive>
 struct NoiseNorm {
   using S = compute_t<T>;
   const T* w;
@@ -424,14 +449,15 @@ struct NoiseNorm {
   __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
     access.template load<Reuse::soon>(g + at, x.g);
     load_average<Reuse::soon>(access, ema, at, x.ema);
-    if (s.adaptive) access.template load<Reuse::soon>(w + at, x.w);
+    if constexpr (kAdaptive) access.template load<Reuse::soon>(w + at, x.w);
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int, const Loaded& x) {
 #pragma unroll
     for (int j = 0; j < kGroup<T>; ++j) {
       if (!access.has(j)) continue;
-      const S weight = s.adaptive ? S(widen(x.w.v[j])) : S(0);
+      S weight(0);
+      if constexpr (kAdaptive) weight = widen(x.w.v[j]);
       accumulate<has_average<M>>(sums, weight, S(widen(x.g.v[j])), average_at<T, M>(x.ema, j), s);
     }
   }
@@ -469,8 +495,8 @@ __device__ __forceinline__ void store_sums(const Rows& table, const Piece& piece
   }
 }
 
-template <class T, class M, class Rows>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+template <class T, class M, bool kAdaptive, class Rows>
+__global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) * (kAdaptive ? 2 : 1) + kBytesOf<M>>)
     noise_norm_kernel(const Rows __grid_constant__ table, const NoiseNormArguments<compute_t<T>> a) {
   using S = compute_t<T>;
   using Scalars = AscentScalars<S>;
@@ -478,7 +504,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   CUDA_SHARED(Scalars, scalars);
   CUDA_SHARED(WarpSums, warp_sums);
   if (threadIdx.x == 0) {
-    scalars = ascent_scalars<S>(1.0 / value_of(a.grad_scale), a.sigma, a.lmbda, 0.0, a.adaptive, a.updated);
+    scalars = ascent_scalars<S>(1.0 / value_of(a.grad_scale), a.sigma, a.lmbda, 0.0, kAdaptive, a.updated);
   }
   __syncthreads();
 
@@ -486,8 +512,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const T* w = static_cast<const T*>(table.param[piece.row]) + piece.begin;
   const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
   const AverageSlice<M> ema = slice_of<M>(a.ema, table.offset[piece.row] + piece.begin);
-  const bool aligned = is_aligned(g) && is_aligned(ema.data) && (!a.adaptive || is_aligned(w));
-  NoiseNorm<T, M> work{w, g, ema, scalars, {}};
+  const bool aligned = is_aligned(g) && is_aligned(ema.data) && (!kAdaptive || is_aligned(w));
+  NoiseNorm<T, M, kAdaptive> work{w, g, ema, scalars, {}};
   walk<T>(piece.n, aligned, work);
 
   const S sums[kStatistics] = {warp_sum(work.sums.noise_sq), warp_sum(work.sums.grad_sq),
@@ -519,23 +545,22 @@ __global__ void __launch_bounds__(kSumThreads) sum_slots_kernel(const S* slots, 
 
 // ---- Pass B ------------------------------------------------------------------------------------
 
-// What the forward pass sees of a weight that is stored as T.
-template <class T>
-__device__ __forceinline__ compute_t<T> seen(T stored, Forward forward) {
-  const compute_t<T> x = widen(stored);
-  if constexpr (sizeof(compute_t<T>) == 4) {
-    if (forward == Forward::bfloat16) {
-      bfloat16 low;
-      narrow(x, low);
-      return widen(low);
-    }
-    if (forward == Forward::half) {
-      half low;
-      narrow(x, low);
-      return widen(low);
-    }
+// What the forward pass sees of a weight.
+__device__ __forceinline__ double seen(double weight, Forward) {
+  return weight;
+}
+__device__ __forceinline__ float seen(float weight, Forward forward) {
+  if (forward == Forward::bfloat16) {
+    bfloat16 low;
+    narrow(weight, low);
+    return widen(low);
   }
-  return x;
+  if (forward == Forward::half) {
+    half low;
+    narrow(weight, low);
+    return widen(low);
+  }
+  return weight;
 }
 
 template <class T, class M, bool kMaster>
@@ -579,9 +604,13 @@ struct Perturb {
       const S intended = perturbation(start, noise<has_average<M>>(gradient, average, s), s);
       narrow(start + intended, after.v[j]);
       if (measures && access.has(j)) {
-        T before;
-        narrow(start, before);
-        accumulate(effect, seen(after.v[j], forward) - seen(before, forward), intended);
+        S before = start;
+        if constexpr (kMaster) {
+          T low;
+          narrow(start, low);
+          before = widen(low);
+        }
+        accumulate(effect, seen(S(widen(after.v[j])), forward) - seen(before, forward), intended);
       }
       fresh[j] = ema_update(average, gradient, s.lmbda, s.one_minus_lmbda);
     }
@@ -597,7 +626,8 @@ struct PerturbPrologue {
 };
 
 template <class T, class M, bool kMaster, class Rows>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads,
+                                  kBlocksFor<T, (kMaster ? 4 : int(sizeof(T))) + int(sizeof(T)) + kBytesOf<M>>)
     perturb_kernel(const Rows __grid_constant__ table, const PerturbArguments<T> a) {
   using S = compute_t<T>;
   using Prologue = PerturbPrologue<S>;
@@ -627,12 +657,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         is_aligned(w) && is_aligned(g) && is_aligned(ema.data) && is_aligned(backup) && is_aligned(master);
     walk_averages<T, M>(piece.n, aligned, work);
   } else if (!kMaster) {
-    copy<T>(w, backup, piece.n);
+    copy<T, T>(w, backup, piece.n);
   }
   if (measures) {
     const S sums[kEffect] = {warp_sum(work.effect.effective_sq), warp_sum(work.effect.effective_dot_intended),
                              warp_sum(work.effect.intended_sq)};
-    store_sums(table, piece, sums, warp_sums, a.effect, kEffect, 1);
+    // The piece is found again: its registers are worth more during the walk.
+    store_sums(table, piece_of(table, threadIdx.x / kWarp), sums, warp_sums, a.effect, kEffect, 1);
   }
 }
 
@@ -666,7 +697,7 @@ struct UpdateEma {
 };
 
 template <class T, class M, class Rows>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) + kBytesOf<M>>)
     update_ema_kernel(const Rows __grid_constant__ table, const UpdateEmaArguments a) {
   using S = compute_t<T>;
   using Scalars = AscentScalars<S>;
@@ -684,35 +715,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
 // ---- Pass C ------------------------------------------------------------------------------------
 
-// w = the masters, rounded: what w was.
-template <class T>
-struct RoundMaster {
-  using S = compute_t<T>;
-  const S* master;
-  T* w;
-
-  using Loaded = Pack<S, kGroup<T>>;
-  template <class Access>
-  __device__ __forceinline__ void load(Access access, int at, Loaded& x) const {
-    access.template load<Reuse::late>(master + at, x);
-  }
-  template <class Access>
-  __device__ __forceinline__ void finish(Access access, int at, const Loaded& x) const {
-    Pack<T, kGroup<T>> low;
-#pragma unroll
-    for (int j = 0; j < kGroup<T>; ++j) narrow(x.v[j], low.v[j]);
-    access.template store<Reuse::soon>(w + at, low);
-  }
-};
-
-// w = the saved weights: a copy of them, or the masters.
+// w = the saved weights: a copy of them, or the masters, rounded: what w was.
 template <class T, bool kMaster>
 __device__ __forceinline__ void restore(T* w, const T* backup, const compute_t<T>* master, int n) {
   if constexpr (kMaster) {
-    RoundMaster<T> work{master, w};
-    walk<T>(n, is_aligned(master) && is_aligned(w), work);
+    copy(master, w, n);
   } else if (backup != nullptr) {
-    copy<T>(backup, w, n);
+    copy(backup, w, n);
   }
 }
 

@@ -82,12 +82,18 @@ cudaError_t choose_master(bool master, const Call& call) {
 }
 
 template <class T>
-cudaError_t launch_noise_norm(const TensorTable& rows, const NoiseNormArguments<compute_t<T>>& arguments, double* stats,
-                              cudaStream_t stream) {
+cudaError_t launch_noise_norm(const TensorTable& rows, bool adaptive, const NoiseNormArguments<compute_t<T>>& arguments,
+                              double* stats, cudaStream_t stream) {
   const cudaError_t error = choose_average<compute_t<T>>(arguments.ema.storage, [&](auto m) {
     using M = Of<decltype(m)>;
+    if (adaptive) {
+      return launch_tables(
+          rows, kFirstChunk, [](auto tag) { return &noise_norm_kernel<T, M, true, Of<decltype(tag)>>; }, arguments,
+          stream);
+    }
     return launch_tables(
-        rows, kFirstChunk, [](auto tag) { return &noise_norm_kernel<T, M, Of<decltype(tag)>>; }, arguments, stream);
+        rows, kFirstChunk, [](auto tag) { return &noise_norm_kernel<T, M, false, Of<decltype(tag)>>; }, arguments,
+        stream);
   });
   if (error != cudaSuccess) return error;
   return launch(&sum_slots_kernel<compute_t<T>>, kStatistics, kSumThreads, stream, arguments.slots, arguments.chunks,
@@ -150,13 +156,13 @@ cudaError_t launch_restore_adam(const TensorTable& rows, const AdamArguments<T>&
   });
 }
 
-#define FSAM_INSTANTIATE_LAUNCHES(T)                                                                              \
-  template cudaError_t launch_noise_norm<T>(const TensorTable&, const NoiseNormArguments<compute_t<T>>&, double*, \
-                                            cudaStream_t);                                                        \
-  template cudaError_t launch_perturb<T>(const TensorTable&, const PerturbArguments<T>&, cudaStream_t);           \
-  template cudaError_t launch_update_ema<T>(const TensorTable&, const UpdateEmaArguments&, cudaStream_t);         \
-  template cudaError_t launch_restore<T>(const TensorTable&, const RestoreArguments<T>&, cudaStream_t);           \
-  template cudaError_t launch_restore_sgd<T>(const TensorTable&, const SgdArguments<T>&, cudaStream_t);           \
+#define FSAM_INSTANTIATE_LAUNCHES(T)                                                                           \
+  template cudaError_t launch_noise_norm<T>(const TensorTable&, bool, const NoiseNormArguments<compute_t<T>>&, \
+                                            double*, cudaStream_t);                                            \
+  template cudaError_t launch_perturb<T>(const TensorTable&, const PerturbArguments<T>&, cudaStream_t);        \
+  template cudaError_t launch_update_ema<T>(const TensorTable&, const UpdateEmaArguments&, cudaStream_t);      \
+  template cudaError_t launch_restore<T>(const TensorTable&, const RestoreArguments<T>&, cudaStream_t);        \
+  template cudaError_t launch_restore_sgd<T>(const TensorTable&, const SgdArguments<T>&, cudaStream_t);        \
   template cudaError_t launch_restore_adam<T>(const TensorTable&, const AdamArguments<T>&, cudaStream_t);
 
 }  // namespace fsam::cuda

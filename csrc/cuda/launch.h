@@ -13,8 +13,8 @@ namespace fsam::cuda {
 
 // Pass A: fills the slots and sums them into stats[0:kStatistics].
 template <class T>
-cudaError_t launch_noise_norm(const TensorTable& rows, const NoiseNormArguments<compute_t<T>>& arguments, double* stats,
-                              cudaStream_t stream);
+cudaError_t launch_noise_norm(const TensorTable& rows, bool adaptive, const NoiseNormArguments<compute_t<T>>& arguments,
+                              double* stats, cudaStream_t stream);
 
 template <class T>
 cudaError_t launch_perturb(const TensorTable& rows, const PerturbArguments<T>& arguments, cudaStream_t stream);

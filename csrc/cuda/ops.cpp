@@ -81,7 +81,7 @@ void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offse
   const int32_t device = params.empty() ? stats.get_device_index() : params[0].get_device_index();
   double* total = data_of<double>(stats, "stats", kStatistics, {kOnCpu, device});
   if (params.empty()) {
-    on_device(device, [&](cudaStream_t stream) { return launch_noise_norm<float>({}, {}, total, stream); });
+    on_device(device, [&](cudaStream_t stream) { return launch_noise_norm<float>({}, false, {}, total, stream); });
   }
   dispatch_storage(params, [&](auto storage) {
     using T = decltype(storage);
@@ -92,11 +92,11 @@ void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offse
                                        number(grad_scale, "grad_scale", 1.0, args.place),
                                        sigma,
                                        lmbda,
-                                       adaptive,
                                        ema_updated,
                                        data_of<S>(partials, "partials", chunks * kStatistics, args.place),
                                        chunks};
-    on_device(device, [&](cudaStream_t stream) { return launch_noise_norm<T>(args.table, values, total, stream); });
+    on_device(device,
+              [&](cudaStream_t stream) { return launch_noise_norm<T>(args.table, adaptive, values, total, stream); });
   });
 }
 

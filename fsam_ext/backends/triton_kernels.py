@@ -127,14 +127,11 @@ def _narrow(x, T: tl.constexpr):
 # NOTE [stochastic rounding] in storage.h has the reasons, and the random numbers that all backends draw.
 @_helper
 def _rounding_key(rounding):
-    """32 bits from [seed, number of the step]; None where nothing is rounded so."""
-    if rounding is None:
-        return None
-    else:
-        x = tl.load(rounding).to(tl.uint64) + tl.load(rounding + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-        return (x ^ (x >> 31)).to(tl.uint32)
+    """32 bits from [seed, number of the step]."""
+    x = tl.load(rounding).to(tl.uint64) + tl.load(rounding + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return (x ^ (x >> 31)).to(tl.uint32)
 
 
 @_helper
@@ -282,17 +279,14 @@ def _tile_scales(scales, start, BLOCK: tl.constexpr):
 
 @_helper
 def _load_average(
-    m, scales, start, lanes, count, M: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
+    m, scales, start, lanes, count, M: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """A tile of the average, NaN where it is unset; None where there is no average."""
-    if M is None:
-        return None
-    elif M.is_int8():
+    """A tile of the average, NaN where it is unset."""
+    average = _widen(_load(m, lanes, count, M, WHOLE), M)
+    if M.is_int8():
         pointers, first = _tile_scales(scales, start, BLOCK)
-        return _widen(_load(m, lanes, count, M, WHOLE), M) * tl.load(pointers, mask=first < count, other=0.0)
-    else:
-        return _widen(_load(m, lanes, count, M, WHOLE), M)
+        average = average * tl.load(pointers, mask=first < count, other=0.0)
+    return average
 
 
 @_helper
@@ -370,7 +364,9 @@ def _sum_chunk(
 ):  # fmt: skip
     lanes = _lanes(0, CHUNK, M)
     gradient = _widen(_load(g, lanes, count, T, WHOLE), T) * scalars[0]
-    ema = _load_average(m, scales, 0, lanes, count, M, S, CHUNK, WHOLE)
+    ema = None
+    if M is not None:
+        ema = _load_average(m, scales, 0, lanes, count, M, CHUNK, WHOLE)
     d = _noise(gradient, ema, scalars, UPDATED)
     if ADAPTIVE:
         d = _widen(_load(w, lanes, count, T, WHOLE), T) * d
@@ -456,7 +452,9 @@ def _perturb_chunk(
             weight = _load(b, lanes, count, B, WHOLE)
             before = _narrow(weight, T)
         gradient = _widen(_load(g, lanes, count, T, WHOLE), T) * scalars[0]
-        ema = _load_average(m, scales, start, lanes, count, M, S, BLOCK, WHOLE)
+        ema = None
+        if M is not None:
+            ema = _load_average(m, scales, start, lanes, count, M, BLOCK, WHOLE)
         d = _noise(gradient, ema, scalars, UPDATED)
         if ADAPTIVE:
             intended = weight * weight * d * step_length
@@ -530,7 +528,7 @@ def _feed_chunk(
     for start in range(0, count, BLOCK):
         lanes = _lanes(start, BLOCK, M)
         gradient = _widen(_load(g, lanes, count, T, WHOLE), T) * scalars[0]
-        ema = _load_average(m, scales, start, lanes, count, M, S, BLOCK, WHOLE)
+        ema = _load_average(m, scales, start, lanes, count, M, BLOCK, WHOLE)
         average = tl.where(_is_finite(gradient), _average(ema, gradient, scalars), ema)
         _store_average(applies, m, scales, start, lanes, count, average, M, BLOCK, WHOLE)
 
@@ -656,7 +654,9 @@ def restore_sgd(
         (1.0 - _double(dampening)).to(S),
         _double(weight_decay).to(S),
     )
-    key = _rounding_key(rounding)
+    key = None
+    if rounding is not None:
+        key = _rounding_key(rounding)
     MOMENTUM: tl.constexpr = momentum_buffer is not None
     if _is_whole(w | g | b | m, count):
         _sgd_chunk(
@@ -767,7 +767,9 @@ def restore_adam(
     TWICE: tl.constexpr = S.is_fp64()
     step_size = (rate / (1.0 - _power(_double(beta1), step, TWICE))).to(S)
     sqrt_second = tl.sqrt(1.0 - _power(_double(beta2), step, TWICE)).to(S)
-    key = _rounding_key(rounding)
+    key = None
+    if rounding is not None:
+        key = _rounding_key(rounding)
     if _is_whole(w | g | b | m | v, count):
         _adam_chunk(
             w, g, b, m, v, at, count, applies, scalars, step_size, sqrt_second, key,

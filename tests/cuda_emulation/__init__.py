@@ -66,7 +66,7 @@ def build_planted_bugs(sanitize: bool = False) -> Path:
 
 @functools.cache
 def load() -> SimpleNamespace:
-    """Returns the five ops of the emulated CUDA backend: a backend as ``fsam_ext.backends`` has them.
+    """Returns the six ops of the emulated CUDA backend: a backend as ``fsam_ext.backends`` has them.
 
     The environment variable ``FSAM_EMULATED_LIBRARY`` names a library that is built already: a sanitized one, say.
     """

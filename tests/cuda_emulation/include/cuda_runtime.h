@@ -51,9 +51,6 @@ struct __attribute__((may_alias, aligned(16))) uint4 {
 struct __attribute__((may_alias, aligned(8))) uint2 {
   uint32_t x, y;
 };
-struct __attribute__((may_alias, aligned(4))) uint1 {
-  uint32_t x;
-};
 
 // ---- Device functions --------------------------------------------------------------------------
 
