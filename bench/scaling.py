@@ -64,9 +64,8 @@ def predicted_bytes(width: int, ranks: int, base: Base) -> int:
     return total
 
 
-def predicted_seconds(width: int, ranks: int, base: Base, fixed: float, bandwidth: float) -> float:
-    parameters = sum(torch.Size(shape).numel() for shape in shapes(width))
-    return fixed + parameters / ranks * base.moved / bandwidth
+def parameters(width: int) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes(width))
 
 
 # ---- On a rank -------------------------------------------------------------------------------------------------------
@@ -90,15 +89,16 @@ def slowest(seconds: float) -> float:
     return float(value)
 
 
-def time_of(call: Any, rounds: int) -> float:
+def rounds_of(calls: list[Any], rounds: int) -> list[list[float]]:
+    """Seconds of the slowest rank for each call, round by round: measure.py, NOTE [alternate, then compare pairs]."""
     clock = HostClock()
     samples = []
-    for i in range(rounds + 3):
-        dist.barrier()
-        seconds = slowest(clock.seconds(call))
-        if i >= 3:
-            samples.append(seconds)
-    return quantiles(samples).median
+    for _ in range(rounds + 3):
+        samples.append([])
+        for call in calls:
+            dist.barrier()
+            samples[-1].append(slowest(clock.seconds(call)))
+    return samples[3:]
 
 
 def step_of(optimizer: FriendlySAM) -> Any:
@@ -114,17 +114,27 @@ def on_rank(rank: int, ranks: int, rounds: int, store: str, answer: str) -> None
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
     results: dict[str, Any] = {}
     for name, base in BASES.items():
-        results[f"fixed {name}"] = time_of(step_of(optimizer_of(TINY, base)), 20 * rounds)
+        tiny = step_of(optimizer_of(TINY, base))
+        fixed = quantiles([seconds for (seconds,) in rounds_of([tiny], 20 * rounds)]).median
+        results[f"fixed {name}"] = fixed
         for width in WIDTHS:
             optimizer = optimizer_of(width, base)
-            seconds = time_of(step_of(optimizer), rounds)
-            buffers = [buffer for flat in optimizer._flats.values() for buffer in flat.buffers.values()]
-            results[f"{width} {name}"] = [seconds, sum(buffer.nbytes for buffer in buffers)]
+            optimizer.first_step()
+            optimizer.second_step()
+            nbytes = sum(buffer.nbytes for flat in optimizer._flats.values() for buffer in flat.buffers.values())
+            share = parameters(width) / ranks
             # The bus, under the same conditions: all ranks at once, over as many bytes as the step touches.
-            touched = 2 * 4 * LAYERS * width * width // ranks + sum(buffer.nbytes for buffer in buffers)
-            triad = Triad(touched // 3, torch.device("cpu"))
-            results[f"bus {width} {name}"] = triad.bytes / time_of(triad, rounds)
-            del optimizer, buffers, triad
+            triad = Triad((int(2 * 4 * share) + nbytes) // 3, torch.device("cpu"))
+            samples = rounds_of([step_of(optimizer), triad], rounds)
+            expected = [fixed + share * base.moved * bus / triad.bytes for _, bus in samples]
+            results[f"{width} {name}"] = {
+                "bytes": nbytes,
+                "seconds": quantiles([step for step, _ in samples]).median,
+                "expected": quantiles(expected).median,
+                "ratio": quantiles([step / model for (step, _), model in zip(samples, expected)]).median,
+                "bus": triad.bytes / quantiles([bus for _, bus in samples]).median,
+            }
+            del optimizer, triad
     if rank == 0:
         Path(answer).write_text(json.dumps(results))
     dist.barrier()
@@ -150,23 +160,17 @@ def tables(rank_counts: list[int], rounds: int) -> str:
     rows: dict[tuple[str, int, int], str] = {}
     for ranks in rank_counts:
         found = measure(ranks, rounds)
-        bus = [found[f"bus {width} {name}"] for width in WIDTHS for name in BASES]
-        fixed = {name: found[f"fixed {name}"] for name in BASES}
-        constants.append(
-            f"| {ranks} | {fixed['sgd'] * 1e3:.2f} ms | {fixed['adamw'] * 1e3:.2f} ms "
-            f"| {min(bus) / 1e9:.1f} to {max(bus) / 1e9:.1f} GB/s |"
-        )
-        for name, base in BASES.items():
-            for width in WIDTHS:
-                seconds, nbytes = found[f"{width} {name}"]
-                expected = predicted_seconds(width, ranks, base, fixed[name], found[f"bus {width} {name}"])
-                parameters = sum(torch.Size(shape).numel() for shape in shapes(width))
-                state = predicted_bytes(width, ranks, base) / 1e6, nbytes / 1e6
-                step = expected * 1e3, seconds * 1e3
-                rows[name, width, ranks] = (
-                    f"| {name} | {parameters / 1e6:.1f}M | {ranks} | {state[0]:.3f} MB | {state[1]:.3f} MB "
-                    f"| {step[0]:.2f} ms | {step[1]:.2f} ms | {step[1] / step[0]:.2f} |"
-                )
+        cells = {(name, width): found[f"{width} {name}"] for name in BASES for width in WIDTHS}
+        bus = [cell["bus"] / 1e9 for cell in cells.values()]
+        fixed = [found[f"fixed {name}"] * 1e3 for name in BASES]
+        constants.append(f"| {ranks} | {fixed[0]:.2f} ms | {fixed[1]:.2f} ms | {min(bus):.1f} to {max(bus):.1f} GB/s |")
+        for (name, width), cell in cells.items():
+            state = predicted_bytes(width, ranks, BASES[name]) / 1e6, cell["bytes"] / 1e6
+            step = cell["expected"] * 1e3, cell["seconds"] * 1e3
+            rows[name, width, ranks] = (
+                f"| {name} | {parameters(width) / 1e6:.1f}M | {ranks} | {state[0]:.3f} MB | {state[1]:.3f} MB "
+                f"| {step[0]:.2f} ms | {step[1]:.2f} ms | {cell['ratio']:.2f} |"
+            )
     order = sorted(rows, key=lambda key: (list(BASES).index(key[0]), key[1], key[2]))
     where = stamp(torch.device("cpu"))
     note = f"{where['machine']}; one thread a rank; {where['versions']}; {where['commit']}, {where['date']}."
