@@ -3,6 +3,7 @@
     python examples/fashion_mnist.py               every method, one seed
     python examples/fashion_mnist.py --seeds 5     the table, with standard errors
     python examples/fashion_mnist.py --method fsam --rho 0.1 0.2 --base adamw
+    python examples/fashion_mnist.py --method fsam --rho 0.2 --every 2 5 --last 0.3 --average int8
     python examples/fashion_mnist.py --resume      after Ctrl-C
 
 This file is the command line and the order of things; data.py, training.py, sharpness.py and
@@ -28,6 +29,7 @@ import report
 import torch
 from tqdm import tqdm
 from training import (
+    AVERAGES,
     BASES,
     METHODS,
     DeferredInterrupt,
@@ -77,6 +79,30 @@ def build_parser() -> argparse.ArgumentParser:
         help="F-SAM: share of the gradients' EMA taken off the gradient (default: 1)",
     )
     runs.add_argument("--lmbda", type=float, default=0.9, help="F-SAM: decay of the EMA (default: 0.9)")
+    runs.add_argument(
+        "--every",
+        nargs="+",
+        type=_positive,
+        default=[],
+        metavar="STEPS",
+        help="F-SAM: runs more that ascend in each STEPSth step only",
+    )
+    runs.add_argument(
+        "--last",
+        nargs="+",
+        type=_fraction,
+        default=[],
+        metavar="FRACTION",
+        help="F-SAM: runs more that ascend in the last FRACTION of the training only",
+    )
+    runs.add_argument(
+        "--average",
+        nargs="+",
+        choices=AVERAGES,
+        default=[],
+        metavar="DTYPE",
+        help=f"F-SAM: runs more whose average is stored as DTYPE, of {', '.join(AVERAGES)}",
+    )
     runs.add_argument("--base", choices=list(BASES), default="sgd", help="base optimizer (default: sgd)")
     runs.add_argument(
         "--lr",
@@ -156,8 +182,10 @@ def plan(options: argparse.Namespace, dataset: str) -> list[Run]:
         if "sam" in options.method:
             variants.append({"method": "sam", **shared})
         if "fsam" in options.method:
-            variants.append({"method": "fsam", "sigma": options.sigma, "lmbda": options.lmbda, **shared})
-    return [
+            fsam = {"method": "fsam", "sigma": options.sigma, "lmbda": options.lmbda, **shared}
+            changes = [(name, value) for name in ("every", "last", "average") for value in getattr(options, name)]
+            variants += [fsam, *({**fsam, name: value} for name, value in changes)]
+    runs = [
         Run(
             dataset=dataset,
             seed=seed,
@@ -170,6 +198,7 @@ def plan(options: argparse.Namespace, dataset: str) -> list[Run]:
         for seed in range(options.seeds)
         for variant in variants
     ]
+    return list(dict.fromkeys(runs))  # --every 1 asks for the plain run again
 
 
 def check(runs: list[Run], parser: argparse.ArgumentParser) -> None:
@@ -178,7 +207,7 @@ def check(runs: list[Run], parser: argparse.ArgumentParser) -> None:
         parser.error("--method tuned is for --base sgd only: nothing is left to run")
     for run in runs:
         try:
-            build_optimizer(run, list(build_model(1).to(run.device).parameters()))
+            build_optimizer(run, list(build_model(1).to(run.device).parameters()), steps=1)
         except (ValueError, TypeError, RuntimeError, AssertionError) as error:
             parser.error(f"{run.label}: {error}")
 

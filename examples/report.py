@@ -40,27 +40,34 @@ def by_label(finished: Finished) -> dict[str, Finished]:
     return groups
 
 
-def paired_differences(finished: Finished) -> dict[float, list[float]]:
-    """rho -> test accuracy of F-SAM minus SAM, in points, one for each seed that has both.
+def paired_differences(finished: Finished) -> dict[str, list[float]]:
+    """"a - b" -> differences of test accuracy, in points, one for each seed that has both.
 
-    Paired, because a seed fixes subset, label noise, initial weights and batch order for both.
+    F-SAM is compared with SAM, and F-SAM with a change with F-SAM without. Paired, because a seed fixes subset, label
+    noise, initial weights and batch order for both.
     """
-    accuracy = {(r.method, r.rho, r.seed): result.test_accuracy for r, result in finished}
-    differences: dict[float, list[float]] = {}
-    for (method, rho, seed), value in accuracy.items():
-        if method == "fsam" and ("sam", rho, seed) in accuracy:
-            difference = 100 * (value - accuracy["sam", rho, seed])
-            differences.setdefault(rho, []).append(difference)
+    accuracy = {run: result.test_accuracy for run, result in finished}
+    differences: dict[str, list[float]] = {}
+    for run, value in accuracy.items():
+        other = _compared_with(run)
+        if other != run and other in accuracy:
+            differences.setdefault(f"{run.label} - {other.label}", []).append(100 * (value - accuracy[other]))
     return differences
+
+
+def _compared_with(run: Run) -> Run:
+    plain = dataclasses.replace(run, every=1, last=1.0, average="float32")
+    return plain if run.change else dataclasses.replace(run, method="sam", sigma=None, lmbda=None)
 
 
 def table(finished: Finished) -> str:
     """The results as text; figures are means over seeds, with their standard errors."""
-    heads = ("", "test accuracy %", "training loss", "top eigenvalue", "seconds")
+    heads = ("", "test accuracy %", "training loss", "top eigenvalue", "passes a step", "seconds")
     columns: list[tuple[str, Callable[[Result], float]]] = [
         (".2f", lambda result: 100 * result.test_accuracy),
         (".3f", lambda result: result.train_loss),
         (".2f", lambda result: result.top_eigenvalue),
+        (".2f", lambda result: result.passes),
         (".1f", lambda result: result.seconds),
     ]
     rows = [heads]
@@ -75,9 +82,8 @@ def table(finished: Finished) -> str:
     differences = paired_differences(finished)
     if differences:
         lines.append("")
-    for rho, values in differences.items():
-        difference = Estimate.of(values).text("+.2f")
-        lines.append(f"F-SAM - SAM at rho {rho:g}, paired by seed: {difference} points")
+    for names, values in differences.items():
+        lines.append(f"{names}, paired by seed: {Estimate.of(values).text('+.2f')} points")
     lines += ["", f"{seeds} seeds; mean ± standard error" if seeds > 1 else ONE_SEED]
     return "\n".join(lines)
 
@@ -122,7 +128,16 @@ def _write(path: Path, head: list[str], rows: Iterable[list[Any]]) -> None:
 
 
 COLOURS = {"base": "#7f7f7f", "tuned": "#222222", "sam": "#d95f02", "fsam": "#1b6ca8"}
+COLOURS_OF_CHANGES = ("#4daf4a", "#984ea3", "#e7298a", "#a6761d", "#66c2a5", "#e6ab02")
 NAMES = {"sam": "SAM", "fsam": "F-SAM"}
+
+
+def _colours(groups: dict[str, Finished]) -> dict[str, str]:
+    """A colour for each label: that of the method, or of what is changed in it."""
+    runs = {label: runs[0][0] for label, runs in groups.items()}
+    changes = list(dict.fromkeys(run.change for run in runs.values() if run.change))
+    of_change = dict(zip(changes, _cycled(COLOURS_OF_CHANGES, len(changes)), strict=True))
+    return {label: of_change[run.change] if run.change else COLOURS[run.method] for label, run in runs.items()}
 
 
 def draw(finished: Finished, path: Path) -> None:
@@ -133,10 +148,11 @@ def draw(finished: Finished, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     groups = by_label(finished)
+    colours = _colours(groups)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    _accuracy_against_rho(left, groups)
-    _learning_curves(middle, groups)
-    _top_eigenvalues(right, groups)
+    _accuracy_against_rho(left, groups, colours)
+    _learning_curves(middle, groups, colours)
+    _top_eigenvalues(right, groups, colours)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -150,20 +166,21 @@ def draw(finished: Finished, path: Path) -> None:
     plt.close(figure)
 
 
-def _accuracy_against_rho(axes: Any, groups: dict[str, Finished]) -> None:
-    curves: dict[str, list[tuple[float, Estimate]]] = {}
+def _accuracy_against_rho(axes: Any, groups: dict[str, Finished], colours: dict[str, str]) -> None:
+    curves: dict[tuple[str, str], list[tuple[float, Estimate]]] = {}
     for label, runs in groups.items():
         run = runs[0][0]
         accuracy = Estimate.of(100 * result.test_accuracy for _, result in runs)
         if run.rho is None:
-            style = {"color": COLOURS[run.method], "label": label}
+            style = {"color": colours[label], "label": label}
             axes.axhline(accuracy.mean, linestyle="--", **style)
             if not math.isnan(accuracy.error):
                 low, high = accuracy.mean - accuracy.error, accuracy.mean + accuracy.error
                 axes.axhspan(low, high, color=style["color"], alpha=0.12, linewidth=0)
         else:
-            curves.setdefault(run.method, []).append((run.rho, accuracy))
-    for method, points in curves.items():
+            name = f"{NAMES[run.method]}, {run.change}" if run.change else NAMES[run.method]
+            curves.setdefault((name, colours[label]), []).append((run.rho, accuracy))
+    for (name, colour), points in curves.items():
         points.sort()
         axes.errorbar(
             [rho for rho, _ in points],
@@ -171,14 +188,14 @@ def _accuracy_against_rho(axes: Any, groups: dict[str, Finished]) -> None:
             [0.0 if math.isnan(accuracy.error) else accuracy.error for _, accuracy in points],
             marker="o",
             capsize=4,
-            color=COLOURS[method],
-            label=NAMES[method],
+            color=colour,
+            label=name,
         )
     axes.set(title="Accuracy against rho", xlabel="rho", ylabel="final test accuracy (%)")
     axes.legend(loc="lower left")
 
 
-def _learning_curves(axes: Any, groups: dict[str, Finished]) -> None:
+def _learning_curves(axes: Any, groups: dict[str, Finished], colours: dict[str, str]) -> None:
     rhos = sorted({run.rho for runs in groups.values() for run, _ in runs if run.rho is not None})
     styles = dict(zip(rhos, _cycled(("-", "--", ":", "-."), len(rhos)), strict=True))
     for label, runs in groups.items():
@@ -187,7 +204,7 @@ def _learning_curves(axes: Any, groups: dict[str, Finished]) -> None:
         axes.plot(
             range(1, len(mean) + 1),
             mean,
-            color=COLOURS[run.method],
+            color=colours[label],
             linestyle=styles.get(run.rho, "-"),
             linewidth=1.6,
             label=label,
@@ -196,11 +213,11 @@ def _learning_curves(axes: Any, groups: dict[str, Finished]) -> None:
     axes.legend(fontsize="small", ncols=2, loc="lower center")
 
 
-def _top_eigenvalues(axes: Any, groups: dict[str, Finished]) -> None:
+def _top_eigenvalues(axes: Any, groups: dict[str, Finished], colours: dict[str, str]) -> None:
     """On a log axis where all are positive: they span two decades."""
     values = {label: [result.top_eigenvalue for _, result in r] for label, r in groups.items()}
-    for row, (label, runs) in enumerate(groups.items()):
-        estimate, colour = Estimate.of(values[label]), COLOURS[runs[0][0].method]
+    for row, label in enumerate(groups):
+        estimate, colour = Estimate.of(values[label]), colours[label]
         if not math.isfinite(estimate.mean):
             axes.annotate(" not finite", (0, row), xycoords=("axes fraction", "data"), va="center")
             continue

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from fsam_ext import SAM, FriendlySAM
 
 BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+AVERAGES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 METHODS = ("base", "tuned", "sam", "fsam")
 TRAIN_SIZE = 10_000
 BATCH_SIZE = 128
@@ -42,6 +43,9 @@ class Run:
     rho: float | None = None  # sam and fsam only
     sigma: float | None = None  # fsam only
     lmbda: float | None = None  # fsam only
+    every: int = 1  # steps from ascent to ascent
+    last: float = 1.0  # fraction of the training, at its end, in which there are ascents
+    average: str = "float32"  # of AVERAGES: what stores the average of the gradients
     backend: str | None = None
     device: str = "cpu"
 
@@ -50,11 +54,22 @@ class Run:
         """What the run is called in tables and pictures; the same for every seed."""
         base = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}[self.base]
         names = {"base": base, "tuned": f"{base} tuned", "sam": "SAM", "fsam": "F-SAM"}
-        return names[self.method] + (f" rho {self.rho:g}" if self.rho is not None else "")
+        label = names[self.method] + (f" rho {self.rho:g}" if self.rho is not None else "")
+        return f"{label}, {self.change}" if self.change else label
+
+    @property
+    def change(self) -> str:
+        """What sets the run apart from the plain one of its method and rho; empty for that one."""
+        changes = [f"every {self.every}"] if self.every != 1 else []
+        changes += [f"last {self.last:.0%}"] if self.last != 1 else []
+        changes += [f"{self.average} average"] if self.average != "float32" else []
+        return ", ".join(changes)
 
     @property
     def file_name(self) -> str:
-        return f"{self.method}{'' if self.rho is None else f'-rho{self.rho:g}'}-seed{self.seed}.pt"
+        rho = "" if self.rho is None else f"-rho{self.rho:g}"
+        change = "".join(f"-{word}" for word in self.change.replace(",", "").split())
+        return f"{self.method}{rho}{change}-seed{self.seed}.pt"
 
 
 @dataclasses.dataclass
@@ -65,6 +80,7 @@ class Result:
     curve: list[float]  # test accuracy after each epoch
     train_loss: float  # clean loss, mean over the last epoch's steps, on the noisy labels
     top_eigenvalue: float  # of the Hessian of the training loss, all examples, noisy labels
+    passes: float  # forward-backward passes in a step, on average: the cost that needs no clock
     seconds: float  # training only: no evaluation, no eigenvalue, no checkpoint
 
 
@@ -109,23 +125,19 @@ def build_model(pixels: int) -> nn.Module:
     return nn.Sequential(nn.Linear(pixels, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, CLASSES))
 
 
-def build_optimizer(run: Run, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of ``run``. Bad values are the optimizer's to refuse, with its own sentence."""
+def build_optimizer(run: Run, params: list[nn.Parameter], steps: int) -> torch.optim.Optimizer:
+    """The optimizer of ``run``, which has ``steps`` steps. Bad values are the optimizer's to refuse, in its words."""
     options: dict[str, Any] = {"lr": run.lr, "weight_decay": run.weight_decay}
     if run.base == "sgd":
         options["momentum"] = MOMENTUM
     base = BASES[run.base]
+    if run.method in ("sam", "fsam"):
+        options |= {"rho": run.rho, "backend": run.backend, "every": run.every, "start": round((1 - run.last) * steps)}
     if run.method == "sam":
-        return SAM(params, base, rho=run.rho, backend=run.backend, **options)
+        return SAM(params, base, **options)
     if run.method == "fsam":
         return FriendlySAM(
-            params,
-            base,
-            rho=run.rho,
-            sigma=run.sigma,
-            lmbda=run.lmbda,
-            backend=run.backend,
-            **options,
+            params, base, sigma=run.sigma, lmbda=run.lmbda, ema_dtype=AVERAGES[run.average], **options
         )
     return base(params, **options)
 
@@ -139,11 +151,10 @@ class Trainer:
         self.test = data.test.to(run.device)
         torch.manual_seed(run.seed)  # the initial weights; nothing later draws from this generator
         self.model = build_model(self.train.images.shape[1]).to(run.device)
-        self.optimizer = build_optimizer(run, list(self.model.parameters()))
         self.steps_per_epoch = math.ceil(len(self.train.labels) / BATCH_SIZE)
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self.optimizer, T_max=run.epochs * self.steps_per_epoch
-        )
+        steps = run.epochs * self.steps_per_epoch
+        self.optimizer = build_optimizer(run, list(self.model.parameters()), steps)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
         self.shuffle = torch.Generator().manual_seed(run.seed)
         self.epoch = 0
         self.step = 0  # within the epoch
@@ -151,6 +162,7 @@ class Trainer:
         self.curve: list[float] = []
         self.train_loss = float("nan")
         self.top_eigenvalue: float | None = None
+        self.passes = 0
         self.seconds = 0.0
         self._start_epoch()
 
@@ -176,7 +188,7 @@ class Trainer:
         torch.save(state, part)
         os.replace(part, path)
 
-    _PLAIN = ("epoch", "step", "curve", "train_loss", "top_eigenvalue", "seconds")
+    _PLAIN = ("epoch", "step", "curve", "train_loss", "top_eigenvalue", "passes", "seconds")
 
     def load(self, path: Path) -> None:
         """Continues from a checkpoint; ``OtherSettings`` where it was written under other ones."""
@@ -214,37 +226,48 @@ class Trainer:
             self.model.train()
             while self.step < self.steps_per_epoch:
                 started = time.perf_counter()
-                self._train_step()
+                self.train_step()
                 self.seconds += time.perf_counter() - started
                 after_step()
                 stop_if_asked()
-            self.curve.append(accuracy(self.model, self.test))
-            self.train_loss = float(self.loss_sum) / self.steps_per_epoch
-            self.loss_sum = torch.zeros_like(self.loss_sum)
-            self.epoch, self.step = self.epoch + 1, 0
-            self._start_epoch()
+            self.end_epoch()
             self.save(checkpoint)
             stop_if_asked()
         if self.top_eigenvalue is None:
             self.top_eigenvalue = self._top_eigenvalue(stop_if_asked)
             self.save(checkpoint)
-        return Result(self.curve[-1], self.curve, self.train_loss, self.top_eigenvalue, self.seconds)
+        passes = self.passes / (self.run.epochs * self.steps_per_epoch)
+        return Result(self.curve[-1], self.curve, self.train_loss, self.top_eigenvalue, passes, self.seconds)
 
-    def _train_step(self) -> None:
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Images and labels of the step that is next."""
         batch = self.order[self.step * BATCH_SIZE : (self.step + 1) * BATCH_SIZE]
-        images, labels = self.train.images[batch], self.train.labels[batch]
+        return self.train.images[batch], self.train.labels[batch]
+
+    def train_step(self) -> None:
+        """One step of the optimizer, on :meth:`batch`."""
+        images, labels = self.batch()
 
         def closure() -> Tensor:
+            self.passes += 1
             self.optimizer.zero_grad()
             loss = cross_entropy(self.model(images), labels)
             loss.backward()
             return loss
 
-        # A base optimizer evaluates the closure once; SAM and F-SAM twice, at w and at w'. All
+        # A base optimizer evaluates the closure once; SAM and F-SAM twice where they ascend, at w and at w'. All
         # return the loss at w, so nothing else in this file knows which optimizer it trains with.
         self.loss_sum += self.optimizer.step(closure).detach()
         self.scheduler.step()
         self.step += 1
+
+    def end_epoch(self) -> None:
+        """Notes the figures of the epoch and draws the order of the next one."""
+        self.curve.append(accuracy(self.model, self.test))
+        self.train_loss = float(self.loss_sum) / self.steps_per_epoch
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        self.epoch, self.step = self.epoch + 1, 0
+        self._start_epoch()
 
     def _top_eigenvalue(self, after_iteration: Callable[[], None]) -> float:
         return top_hessian_eigenvalue(

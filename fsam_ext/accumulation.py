@@ -67,6 +67,10 @@ class BackwardCount:
                 stacklevel=4,
             )
 
+    def cleared(self) -> None:
+        """Gradients were thrown away, and the backward passes that made them do not count."""
+        self._count = 0
+
     def forget(self) -> None:
         """The next backward pass is the first of a step."""
         self._ascent, self._count = None, 0

@@ -744,6 +744,7 @@ class FriendlySAM(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears all gradients; those that ``flatten_parameters`` laid out are zeroed in place, in one pass."""
+        self._backward_count.cleared()
         if not len(REGISTRY):
             return super().zero_grad(set_to_none)
         flattened: dict[FlatParameters, list[Tensor]] = {}

@@ -110,6 +110,19 @@ def test_a_given_up_step_and_a_load_do_not_count():
                 half(zero_grad=True)
 
 
+def test_gradients_that_were_thrown_away_do_not_count():
+    model = network()
+    optimizer = FriendlySAM(model.parameters(), SGD, lr=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            backward(model, next(batches(1)))
+            optimizer.zero_grad()
+            for half in (optimizer.first_step, optimizer.second_step):
+                backward(model, next(batches(1)))
+                half(zero_grad=True)
+
+
 def test_bad_accumulation():
     model = network()
     optimizer = FriendlySAM(model.parameters(), SGD, lr=0.01)

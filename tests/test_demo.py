@@ -376,7 +376,7 @@ def test_table_csv_and_picture_of_a_tiny_run(tmp_path, capsys):
     options = ["--dataset", "digits", "--out", str(tmp_path)]
     assert fashion_mnist.main([*options, "--epochs", "2", "--seeds", "2", "--rho", "0.05"]) == 0
     said = capsys.readouterr().out
-    for text in ("SGD tuned", "F-SAM rho 0.05", "F-SAM - SAM at rho 0.05, paired by seed", "±"):
+    for text in ("SGD tuned", "F-SAM rho 0.05", "F-SAM rho 0.05 - SAM rho 0.05, paired by seed", "±"):
         assert text in said
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -412,18 +412,40 @@ def test_paired_differences_and_standard_errors():
         return [
             (
                 Run("digits", method, seed, "sgd", 0.05, 5e-4, 1, 0.4, rho),
-                Result(accuracy, [accuracy], 1.0, 2.0, 3.0),
+                Result(accuracy, [accuracy], 1.0, 2.0, 2.0, 3.0),
             )
             for seed, accuracy in enumerate(accuracies)
         ]
 
     runs = finished("sam", 0.2, [0.5, 0.6, 0.7]) + finished("fsam", 0.2, [0.51, 0.62, 0.73])
     differences = report.paired_differences(runs + finished("fsam", 0.4, [0.9]))
-    assert list(differences) == [0.2]  # rho 0.4 has no SAM to be compared with
-    assert differences[0.2] == pytest.approx([1, 2, 3])
-    estimate = report.Estimate.of(differences[0.2])
+    (names,) = differences  # rho 0.4 has no SAM to be compared with
+    assert names == "F-SAM rho 0.2 - SAM rho 0.2"
+    assert differences[names] == pytest.approx([1, 2, 3])
+    estimate = report.Estimate.of(differences[names])
     assert estimate == pytest.approx((2.0, 1 / 3**0.5))  # stdev 1, three seeds
     assert "+2.00 ± 0.58 points" in report.table(runs)
+
+
+def test_schedules_and_averages_are_runs_of_their_own(tmp_path, capsys):
+    import fashion_mnist
+
+    options = ["--dataset", "digits", "--method", "fsam", "--rho", "0.05", "--epochs", "2", "--out", str(tmp_path)]
+    changes = ["--every", "1", "2", "5", "--last", "0.3", "--average", "bfloat16", "int8"]
+    assert fashion_mnist.main([*options, *changes]) == 0
+    said = capsys.readouterr().out
+    with (tmp_path / "results.csv").open() as file:
+        rows = {row["label"].removeprefix("F-SAM rho 0.05"): row for row in csv.DictReader(file)}
+    names = ["", ", every 2", ", every 5", ", last 30%", ", bfloat16 average", ", int8 average"]
+    assert list(rows) == names
+    # A step has two passes where it ascends and else one. The digits make 11 steps an epoch.
+    steps = 22
+    ascents = [steps, 11, 5, 7, steps, steps]
+    assert [float(row["passes"]) for row in rows.values()] == [1 + n / steps for n in ascents]
+    assert len({row["train_loss"] for row in rows.values()}) == len(names)  # each one trained in its own way
+    for name in names[1:]:
+        assert f"F-SAM rho 0.05{name} - F-SAM rho 0.05, paired by seed" in said
+    assert (tmp_path / "checkpoints" / "fsam-rho0.05-last-30%-seed0.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -432,6 +454,8 @@ def test_paired_differences_and_standard_errors():
         (["--method", "fsam", "--rho", "-1"], "rho"),
         (["--method", "fsam", "--lmbda", "1.5"], "lmbda"),
         (["--method", "sam", "--backend", "abacus"], "abacus"),
+        (["--last", "1.5"], "1.5 is not in [0, 1]"),
+        (["--lmbda", "0.9995", "--average", "int8"], "int8"),
         (["--epochs", "0"], "0 is not a positive whole number"),
         (["--method", "tuned", "--base", "adam"], "tuned is for --base sgd only"),
         (["--resume"], "there is no run in"),
@@ -466,6 +490,6 @@ def test_help_names_every_option(capsys):
         fashion_mnist.main(["--help"])
     assert stopped.value.code == 0
     said = capsys.readouterr().out
-    names = "method rho sigma lmbda base lr weight-decay epochs seeds noise dataset backend device"
+    names = "method rho sigma lmbda every last average base lr weight-decay epochs seeds noise dataset backend device"
     for name in [*names.split(), "out", "resume"]:
         assert f"--{name}" in said
