@@ -2,8 +2,8 @@
 
     python examples/averages.py --seeds 3
 
-The demo's run at rho 0.2 goes on with a float32 average. Beside it, at each step, optimizers with other averages see the
-same weights and the same gradients; the figures are the cosines of their perturbations with that of the float32 one.
+The demo's run at rho 0.2 goes on with a float32 average. Beside it, at each step, optimizers with other averages see
+the same weights and gradients; the figures are the cosines of their perturbations with that of the float32 one.
 """
 
 from __future__ import annotations

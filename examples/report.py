@@ -41,7 +41,7 @@ def by_label(finished: Finished) -> dict[str, Finished]:
 
 
 def paired_differences(finished: Finished) -> dict[str, list[float]]:
-    """"a - b" -> differences of test accuracy, in points, one for each seed that has both.
+    """ "a - b" -> differences of test accuracy, in points, one for each seed that has both.
 
     F-SAM is compared with SAM, and F-SAM with a change with F-SAM without. Paired, because a seed fixes subset, label
     noise, initial weights and batch order for both.

@@ -136,9 +136,7 @@ def build_optimizer(run: Run, params: list[nn.Parameter], steps: int) -> torch.o
     if run.method == "sam":
         return SAM(params, base, **options)
     if run.method == "fsam":
-        return FriendlySAM(
-            params, base, sigma=run.sigma, lmbda=run.lmbda, ema_dtype=AVERAGES[run.average], **options
-        )
+        return FriendlySAM(params, base, sigma=run.sigma, lmbda=run.lmbda, ema_dtype=AVERAGES[run.average], **options)
     return base(params, **options)
 
 
