@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import ops
+from .checkpoints import OWN_STATE
 from .segments import Guards, Segment
 
 
@@ -26,10 +27,6 @@ def number_or_tensor(value: float | Tensor, device: torch.device) -> tuple[float
             return 0.0, value
         return float(value), None
     return value, None
-
-
-# State of F-SAM itself, which no base optimizer knows.
-OWN_STATE = ("ema", "ema_scale")
 
 
 class FusedBase(ABC):

@@ -1,54 +1,149 @@
-"""What a checkpoint of this package, of the official F-SAM code or of a plain torch optimizer holds, in our names."""
+"""What a checkpoint of this package, of other SAM implementations or of a plain torch optimizer holds, in our names."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .distributed import local
-from .options import LAYOUT, ema_dtype, has_masters, uses_ema
+from .distributed import Describe, local
+from .options import FORMAT, LAYOUT, NAMES, STEP, ema_dtype, has_masters, uses_ema
 from .quantization import dequantize, quantize
 
-# What the official code keeps for each parameter. The perturbed and the saved copies are of no use later.
-OFFICIAL_STATE = {"momentum": "ema", "old_p": None, "first_grad": None, "e_w": None}
+# 0: before groups had this number; dtypes among the options. 1: the number, and dtypes as words.
+CURRENT_FORMAT = 1
+
+# What github.com/nblt/F-SAM and github.com/davda54/sam keep for each parameter, and what we call it. The perturbed and
+# the saved copies are of no use later.
+OTHERS_STATE = {"momentum": "ema", "old_p": None, "first_grad": None, "e_w": None}
+
+# State that F-SAM adds to a base optimizer's.
+OWN_STATE = ("ema", "ema_scale", "master")
 
 # State that has its parameter's shape.
 SHAPED = ("ema", "master", "momentum_buffer", "exp_avg", "exp_avg_sq")
 
 
+def is_optimizer_state(thing: Any) -> bool:
+    """Whether something has the form of an optimizer's state_dict."""
+    return (
+        isinstance(thing, dict)
+        and isinstance(thing.get("state"), dict)
+        and isinstance(thing.get("param_groups"), list)
+        and all(isinstance(part, dict) for part in (*thing["state"].values(), *thing["param_groups"]))
+        and all("params" in group for group in thing["param_groups"])
+    )
+
+
+def check_form(state_dict: Any) -> None:
+    """Raises ValueError for what is no state_dict of an optimizer, or one that a later release wrote."""
+    if not is_optimizer_state(state_dict):
+        kind = f"a dict with {', '.join(map(repr, state_dict))}" if isinstance(state_dict, dict) else type(state_dict)
+        raise ValueError(f"an optimizer's state_dict has 'state' and 'param_groups'; this is {kind}")
+    newest = max((group.get(FORMAT, 0) for group in state_dict["param_groups"]), default=0)
+    if newest > CURRENT_FORMAT:
+        raise ValueError(
+            f"the checkpoint has format {newest}, and this release of fsam_ext reads formats up to {CURRENT_FORMAT}; "
+            "install the release that wrote it"
+        )
+
+
+def in_our_names(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """The state of every parameter without what other implementations keep for one step only."""
+    return {
+        key: {
+            OTHERS_STATE.get(name, name): value
+            for name, value in entry.items()
+            if OTHERS_STATE.get(name, name) is not None
+        }
+        for key, entry in state.items()
+    }
+
+
+def to_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict of :class:`fsam_ext.FriendlySAM` as the base optimizer alone would have written it.
+
+    Averages and masters are left out; a plain optimizer of bfloat16 parameters goes on from the rounded weights.
+
+    Raises:
+        ValueError: this is no state_dict of an optimizer, or one of a later release.
+    """
+    check_form(state_dict)
+    own = (*NAMES, STEP, FORMAT)
+    state = {
+        key: {name: value for name, value in entry.items() if name not in OWN_STATE}
+        for key, entry in in_our_names(state_dict["state"]).items()
+    }
+    return {
+        "state": {key: entry for key, entry in state.items() if entry},
+        "param_groups": [
+            {name: value for name, value in group.items() if name not in own} for group in state_dict["param_groups"]
+        ],
+    }
+
+
 def translate(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """A checkpoint with state in our names, and with the present options for those that it lacks."""
+    """A checkpoint with state in our names, and with the present options for those that it lacks.
+
+    Raises:
+        ValueError: it cannot be a checkpoint.
+    """
+    check_form(state_dict)
     saved_groups = state_dict["param_groups"]
     groups = [
         {
             **{name: value for name, value in mine.items() if name not in ("params", "param_names")},
-            **{name: value for name, value in saved.items() if name not in LAYOUT},
+            **{name: value for name, value in saved.items() if name not in (*LAYOUT, FORMAT)},
         }
         for mine, saved in zip(param_groups, saved_groups)
     ]
-    state = {
-        key: {
-            OFFICIAL_STATE.get(name, name): value
-            for name, value in entry.items()
-            if OFFICIAL_STATE.get(name, name) is not None
-        }
-        for key, entry in state_dict["state"].items()
-    }
+    state = in_our_names(state_dict["state"])
     return {**state_dict, "state": state, "param_groups": groups + saved_groups[len(groups) :]}
 
 
-def entries(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> list[tuple[Tensor, str, Tensor]]:
-    """(parameter, name, value) of every tensor in the state, by position as torch does it."""
-    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    params = [param for group in param_groups for param in group["params"]]
-    return [
-        (param, name, value)
-        for key, param in zip(keys, params)
-        for name, value in state_dict["state"].get(key, {}).items()
-        if isinstance(value, Tensor)
-    ]
+def entries(
+    state_dict: dict[str, Any],
+    param_groups: list[dict[str, Any]],
+    base_state: Callable[[dict[str, Any]], tuple[str, ...]],
+    describe: Describe,
+) -> list[tuple[Tensor, str, Tensor]]:
+    """(parameter, name, value) of every tensor in the state, by position as torch does it.
+
+    Args:
+        base_state: tells which state of the base optimizer belongs together in a group.
+
+    Raises:
+        ValueError: a part is missing, or is not of its parameter.
+    """
+    found = []
+    for saved, group in zip(state_dict["param_groups"], param_groups):
+        together = base_state(group)
+        for key, param in zip(saved["params"], group["params"]):
+            entry = {name: value for name, value in state_dict["state"].get(key, {}).items() if value is not None}
+            missing = [name for name in together if name not in entry]
+            if len(missing) == len(together):
+                missing = []  # it has none of the base optimizer's state: that starts anew
+            ema = entry.get("ema")
+            if isinstance(ema, Tensor) and ema.dtype == torch.int8 and "ema_scale" not in entry:
+                missing.append("ema_scale")
+            if missing:
+                raise ValueError(
+                    f"state '{missing[0]}' of {describe(param)} is missing in the checkpoint, which has "
+                    f"{', '.join(map(repr, entry))}; load one that is complete"
+                )
+            for name, value in entry.items():
+                shape = tuple(value.shape) if isinstance(value, Tensor) else None
+                if name in SHAPED and shape != tuple(param.shape):
+                    is_what = f"is {type(value).__name__}" if shape is None else f"has shape {shape}"
+                    raise ValueError(
+                        f"state '{name}' of {describe(param)} {is_what} in the checkpoint; load one that was saved "
+                        "with this model"
+                    )
+                if isinstance(value, Tensor):
+                    found.append((param, name, value))
+    return found
 
 
 def asks_for_state(state: dict[Tensor, dict[str, Any]], param_groups: list[dict[str, Any]]) -> bool:

@@ -20,7 +20,7 @@ from .diagnostics import EffectWatch, effective_norm_and_cosine, total_effect
 from .distributed import Sharding
 from .flat_state import FlatState
 from .flatten import REGISTRY, FlatParameters
-from .options import LOW_PRECISION, STEP, check_gradient, check_options, check_parameter, uses_ema
+from .options import FORMAT, LOW_PRECISION, STEP, check_gradient, check_options, check_parameter, uses_ema
 from .schedule import Boundary, Schedule
 from .segments import Guards, Segment, same_objects
 
@@ -166,7 +166,8 @@ class FriendlySAM(Optimizer):
             "perturb_eps": perturb_eps,
         }
         layout = (ema_dtype, master_weights, stochastic_rounding, forward_dtype, ema_source)
-        super().__init__(params, {**base, **f_sam, **dict(zip(options.LAYOUT, layout, strict=True)), STEP: 0})
+        counts = {STEP: 0, FORMAT: checkpoints.CURRENT_FORMAT}
+        super().__init__(params, {**base, **f_sam, **dict(zip(options.LAYOUT, layout, strict=True)), **counts})
         self._make_base(base_kwargs)
 
     # ---- Construction and options ----------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ class FriendlySAM(Optimizer):
         fused = [is_fused(self.base_optimizer, group) for group in self.param_groups]
         self._fused = fused_base(self.base_optimizer) if all(fused) else None
         if self._fused is None:
-            own = (*options.NAMES, STEP)
+            own = (*options.NAMES, STEP, FORMAT)
             groups = [{k: v for k, v in g.items() if k not in own} for g in self.param_groups]
             self._generic = GenericBase(self.base_optimizer(groups, **base_kwargs))
 
@@ -826,19 +827,10 @@ class FriendlySAM(Optimizer):
         """
         self._refuse_while_perturbed("load_state_dict()")
         translated = checkpoints.translate(state_dict, self.param_groups)
-        entries = checkpoints.entries(translated, self.param_groups)
-        with_scales = {param for param, name, _ in entries if name == "ema_scale"}
-        for param, name, value in entries:
-            if name in checkpoints.SHAPED and value.shape != param.shape:
-                raise ValueError(
-                    f"state '{name}' of {self._describe(param)} has shape {tuple(value.shape)} in the checkpoint; load "
-                    "one that was saved with this model"
-                )
-            if name == "ema" and value.dtype == torch.int8 and param not in with_scales:
-                raise ValueError(
-                    f"state 'ema_scale' of {self._describe(param)} is missing in the checkpoint, whose average is "
-                    "int8; load one that is complete"
-                )
+        for group in translated["param_groups"]:
+            check_options({**self.defaults, **group})
+        whole = self._fused.state_names if self._fused else lambda group: ()
+        entries = checkpoints.entries(translated, self.param_groups, whole, self._describe)
         # Copies, because the checkpoint's tensors may be another optimizer's; in their own dtype.
         copies = [(param, name, self._loaded(param, name, value)) for param, name, value in entries]
         super().load_state_dict(translated)

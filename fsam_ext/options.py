@@ -21,6 +21,8 @@ LAYOUT = ("ema_dtype", "master_weights", "stochastic_rounding", "forward_dtype",
 NAMES = ("rho", "sigma", "lmbda", "adaptive", "ema", "perturb_eps", *LAYOUT)
 # The number of steps taken: what a schedule and stochastic rounding count by.
 STEP = "fsam_step"
+# The form of the checkpoint, of which a group is the only part that torch.distributed.checkpoint keeps whole.
+FORMAT = "fsam_format"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 

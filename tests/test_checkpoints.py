@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from fsam_ext import FriendlySAM
+from fsam_ext.checkpoints import CURRENT_FORMAT
 
+from . import previous_formats
 from .conformance import identical
 from .official import OfficialFriendlySAM
 from .test_optimizer import BASES, batches, network, train, worst
@@ -121,3 +124,91 @@ def test_sgd_without_momentum_saved_with_none():
     optimizer.first_step()
     optimizer.second_step()
     assert torch.equal(optimizer.state[p]["momentum_buffer"], torch.ones(3))
+
+
+# ---- Formats, and what is no checkpoint ------------------------------------------------------------------------------
+
+FILES = sorted((Path(__file__).parent / "checkpoints").glob("format*.pt"))
+
+
+def test_every_earlier_format_has_a_file():
+    assert [file.stem for file in FILES] == [f"format{number}" for number in range(CURRENT_FORMAT)]
+
+
+@pytest.mark.parametrize("name", previous_formats.CASES)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_an_earlier_format_goes_on_where_it_was(file, name):
+    saved = torch.load(file, weights_only=True)[name]
+    params, optimizer = previous_formats.make(name)
+    with torch.no_grad():
+        torch._foreach_copy_(params, saved["weights"])
+    optimizer.load_state_dict(saved["optimizer"])
+    for i, p in enumerate(params):
+        state = saved["optimizer"]["state"][i]
+        assert optimizer.state[p].keys() == state.keys()
+        assert all(identical(optimizer.state[p][key], value) for key, value in state.items())
+    previous_formats.train(params, optimizer, previous_formats.BEFORE, previous_formats.AFTER)
+    assert all(map(identical, params, saved["later"]))  # on every machine: no fused multiply-add
+    assert optimizer.state_dict()["param_groups"][0]["fsam_format"] == CURRENT_FORMAT
+
+
+def trained(base=AdamW):
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
+    optimizer = FriendlySAM(params, base, lr=0.1)
+    for half in (optimizer.first_step, optimizer.second_step):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        half()
+    return params, optimizer
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda saved: [saved], "an optimizer's state_dict has 'state' and 'param_groups'; this is <class 'list'>"),
+        (lambda saved: {"model": {}, "optimizer": saved}, "this is a dict with 'model', 'optimizer'"),
+        (lambda saved: {"state": saved["state"]}, "this is a dict with 'state'"),
+        (lambda saved: saved["param_groups"][0].update(fsam_format=99), "format 99, and this release .* up to 1"),
+        (lambda saved: saved["state"][1].pop("exp_avg_sq"), "'exp_avg_sq' of parameter 1 .* missing .*'exp_avg'"),
+        (lambda saved: saved["state"][1].update(exp_avg=torch.ones(4)), r"'exp_avg' of parameter 1 .*shape \(4,\)"),
+        (lambda saved: saved["state"][0].update(ema=1.0), "'ema' of parameter 0 .* is float in the checkpoint"),
+        (lambda saved: saved["param_groups"][0].update(lmbda=2.0), r"lmbda must be a number in \[0, 1\), not 2.0"),
+        (lambda saved: saved["param_groups"][0]["params"].pop(), "doesn't match the size"),
+    ],
+)
+def test_what_cannot_be_loaded_changes_nothing_and_says_why(damage, message):
+    params, optimizer = trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    damaged = damage(saved)
+    if not isinstance(damaged, (list, dict)) or "exp_avg" in damaged:
+        damaged = saved
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(damaged)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, entry in before["state"].items():
+        assert all(identical(after["state"][key][name], value) for name, value in entry.items())
+
+
+def test_plain_sgd_and_adamw_go_on_from_an_exported_state():
+    from fsam_ext.checkpoints import to_torch
+
+    for name, base in (("sgd", SGD), ("adamw", AdamW)):
+        params, optimizer = previous_formats.make(name)
+        previous_formats.train(params, optimizer, 0, 5)
+        kwargs = previous_formats.CASES[name][2]
+        twins = [nn.Parameter(p.detach().clone()) for p in params]
+        plain = base(twins, lr=1.0)
+        plain.load_state_dict(copy.deepcopy(to_torch(optimizer.state_dict())))
+        assert plain.param_groups[0]["lr"] == kwargs["lr"] and "rho" not in plain.param_groups[0]
+        for group in optimizer.param_groups:
+            group["rho"] = 0.0
+        for _ in range(3):
+            for half in (optimizer.first_step, optimizer.second_step):
+                for p, q in zip(params, twins, strict=True):
+                    p.grad, q.grad = p.detach().sin(), q.detach().sin()
+                half()
+            plain.step()
+        for p, q in zip(params, twins, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-14)
