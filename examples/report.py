@@ -191,6 +191,7 @@ def _accuracy_against_rho(axes: Any, groups: dict[str, Finished], colours: dict[
             color=colour,
             label=name,
         )
+    axes.set_xticks(sorted({rho for points in curves.values() for rho, _ in points}))
     axes.set(title="Accuracy against rho", xlabel="rho", ylabel="final test accuracy (%)")
     axes.legend(loc="lower left")
 
@@ -234,6 +235,7 @@ def _top_eigenvalues(axes: Any, groups: dict[str, Finished], colours: dict[str, 
     if all(v > 0 for group in values.values() for v in group):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
     axes.margins(x=0.12)
     axes.set_yticks(range(len(groups)), list(groups))
     axes.set_ylim(len(groups) - 0.5, -0.7)
