@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -166,34 +167,53 @@ def count_calls(call: Callable[[], None]) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a call allocated, and how far the tensors' memory rose above where it began."""
+    """What a call allocated, how far the tensors' memory rose above where it began, and what it kept."""
 
     allocations: int
     peak_bytes: int
+    kept_bytes: int
 
 
-def memory_of(call: Callable[[], None], device: torch.device) -> Memory:
-    """Counts what torch's allocator does during a call; scratch of the host's own libraries is not seen."""
+def memory_of(calls: Sequence[Callable[[], None]], device: torch.device) -> list[Memory]:
+    """What torch's allocator does during each of some calls, made one after the other.
+
+    On a CPU the end of memory that was there before the first call is not seen (nor is any scratch of the host's own
+    libraries), so a step has to be given twice, and the second one counts.
+    """
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_stats()
-        call()
-        torch.cuda.synchronize()
-        after = torch.cuda.memory_stats()
-        return Memory(
-            after["allocation.all.allocated"] - before["allocation.all.allocated"],
-            after["allocated_bytes.all.peak"] - before["allocated_bytes.all.current"],
-        )
+        return [_memory_on_cuda(call) for call in calls]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
+        for call in calls:
+            with torch.profiler.record_function(_NEXT_CALL):
+                call()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
-    level = peak = 0
-    for change in changes:
-        level += change
-        peak = max(peak, level)
-    return Memory(sum(change > 0 for change in changes), peak)
+    found: list[list[int]] = []
+    for event in events:
+        if event.name() == _NEXT_CALL:
+            found.append([])
+        elif event.name() == "[memory]" and found:
+            found[-1].append(event.nbytes())
+    return [
+        Memory(sum(change > 0 for change in changes), max(0, *accumulate(changes), 0), sum(changes))
+        for changes in found
+    ]
+
+
+_NEXT_CALL = "fsam_ext bench: the next call"
+
+
+def _memory_on_cuda(call: Callable[[], None]) -> Memory:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()
+    call()
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()
+    return Memory(
+        after["allocation.all.allocated"] - before["allocation.all.allocated"],
+        after["allocated_bytes.all.peak"] - before["allocated_bytes.all.current"],
+        after["allocated_bytes.all.current"] - before["allocated_bytes.all.current"],
+    )
 
 
 def count_launches(call: Callable[[], None]) -> int:

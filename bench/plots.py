@@ -1,4 +1,4 @@
-"""Draws the results and writes the README's table, both from the rows: ``python bench/plots.py --readme README.md``."""
+"""Draws the results and writes tables, all from the rows: ``python bench/plots.py --write README.md docs/*.md``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from rows import Row, default_path, read
 from workloads import WORKLOADS, scaling
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 # The order of importance, which is the order of bars and columns. Colours stay with a provider in all plots.
 COLORS = {
     "official": "#7f7f7f",
@@ -23,6 +22,10 @@ COLORS = {
     "fsam_ext flat graph": "#145214",
     "fsam_ext triton": "#9467bd",
     "fsam_ext reference": "#c5b0d5",
+    "fsam_ext int8": "#6baed6",
+    "fsam_ext masters": "#41ab5d",
+    "fsam_ext masters, bf16": "#78c679",
+    "fsam_ext masters, int8": "#addd8e",
     "sam": "#98df8a",
     "base": "#d9d9d9",
 }
@@ -216,32 +219,66 @@ def table(rows: list[Row]) -> str:
     return "\n".join([*lines, "", caption])
 
 
-def put_between_markers(text: str, content: str) -> str:
-    """``text`` with ``content`` between the two marker lines.
+def footprint_table(rows: list[Row]) -> str:
+    """Markdown: bytes of state for each parameter, between steps and at most within one."""
+    device = "cuda" if any(row.device == "cuda" and row.metric == "state" for row in rows) else "cpu"
+    figures = Figures([row for row in rows if row.metric in ("state", "state_peak")], device)
+    workload = next((row.workload for row in figures.rows), None)
+    if workload is None:
+        raise ValueError("there are no rows of state; run bench/run.py --workloads resnet18 first")
+    kinds = [(dtype, base) for dtype in ("fp32", "bf16") for base in ("sgd", "adamw")]
+    names = {"sgd": "SGD with momentum", "adamw": "AdamW"}
+    lines = ["| | " + " | ".join(f"{dtype}, {names[base]}" for dtype, base in kinds) + " |", "|---" + "|---:" * 4 + "|"]
+    for provider in COLORS:
+        cells = []
+        for kind in kinds:
+            kept, peak = (figures.get(provider, workload, metric, *kind) for metric in ("state", "state_peak"))
+            cells.append(f"{kept.median:.2f} / {peak.median:.2f}" if kept and peak else "-")
+        if set(cells) != {"-"}:
+            lines.append(f"| {provider} | " + " | ".join(cells) + " |")
+    title = WORKLOADS[workload].title
+    return "\n".join([*lines, "", f"Between steps / at most within a step; {title}. {_caption(figures)}."])
+
+
+# What can stand between two marker lines of a page, by the name in the markers.
+TABLES = {"bench": table, "footprint": footprint_table}
+
+
+def put_between_markers(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between the two marker lines of a name.
 
     Raises:
         ValueError: the markers are not there once each, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the file must hold {BEGIN} and after it {END}, once each, around the table")
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    begin, end = (f"<!-- {name}:{which} -->" for which in ("begin", "end"))
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the file must hold {begin} and after it {end}, once each, around the table")
+    before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
     return f"{before}\n{content}\n{after}"
+
+
+def fill(text: str, rows: list[Row]) -> str:
+    """A page with every table that it has markers for made anew."""
+    for name, make in TABLES.items():
+        if f"<!-- {name}:" in text:
+            text = put_between_markers(text, name, make(rows))
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", type=Path, default=default_path(device), help="the CSV file (this machine's)")
-    parser.add_argument("--readme", type=Path, help="rewrite the table in this file, between the two markers")
+    parser.add_argument("--write", type=Path, nargs="+", default=[], help="pages whose tables are made anew")
     args = parser.parse_args(argv)
     rows = read(args.rows)
     if not rows:
         raise SystemExit(f"--rows {args.rows}: there are no rows; run bench/run.py first")
     for path in draw(args.rows):
         print(path)
-    if args.readme is not None:
-        args.readme.write_text(put_between_markers(args.readme.read_text(), table(rows)))
-    else:
+    for page in args.write:
+        page.write_text(fill(page.read_text(), rows))
+    if not args.write:
         print(table(rows))
     return 0
 

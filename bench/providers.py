@@ -6,8 +6,9 @@ A provider is made from parameters and then called twice a step: ``ascend()`` wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +48,7 @@ class Provider:
         capturable: a CUDA graph can hold its step.
         is_fsam: it does the work of F-SAM, so that a ratio to it compares like with like.
         eager: its op calls pass through the dispatcher, where they can be counted.
+        dtypes: those of the parameters that it is for; None: all.
     """
 
     name: ClassVar[str]
@@ -56,9 +58,15 @@ class Provider:
     capturable = False
     is_fsam = True
     eager = True
+    dtypes: ClassVar[tuple[torch.dtype, ...] | None] = None
 
     def __init__(self, params: list[nn.Parameter], base: Base) -> None:
         self.params = params
+
+    @classmethod
+    def bytes_per_parameter(cls, dtype: torch.dtype, base: str) -> float:
+        """What F-SAM with this provider's state must move: :func:`bytes_per_parameter`."""
+        return bytes_per_parameter(dtype, base)
 
     def ascend(self) -> None:
         raise NotImplementedError
@@ -219,6 +227,7 @@ class FsamExt(Provider):
     buffers = 5
     capturable = True
     sigma = SIGMA
+    options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, params: list[nn.Parameter], base: Base) -> None:
         super().__init__(params, base)
@@ -230,8 +239,15 @@ class FsamExt(Provider):
             lmbda=LMBDA,
             backend=self.backend,
             capturable=params[0].is_cuda,
+            **self.options,
             **dict(base.options),
         )
+
+    @classmethod
+    def bytes_per_parameter(cls, dtype: torch.dtype, base: str) -> float:
+        """As for every provider, with the masters and the average that the options ask for."""
+        average = cls.options.get("ema_dtype")
+        return bytes_per_parameter(dtype, base, cls.options.get("master_weights", False), average)
 
     def ascend(self) -> None:
         self.optimizer.first_step()
@@ -254,6 +270,37 @@ class FsamExtFlat(FsamExt):
         super().__init__(params, base)
 
 
+class FsamExtInt8(FsamExt):
+    """This package with an average in eight bits."""
+
+    name = "fsam_ext int8"
+    options = MappingProxyType({"ema_dtype": torch.int8})
+    full_only = True
+
+
+class FsamExtMasters(FsamExt):
+    """This package with float32 masters of 16-bit parameters."""
+
+    name = "fsam_ext masters"
+    buffers = 8
+    dtypes = (torch.bfloat16, torch.float16)
+    options = MappingProxyType({"master_weights": True})
+
+
+class FsamExtMastersBfloat16(FsamExtMasters):
+    """The same with an average in bfloat16."""
+
+    name = "fsam_ext masters, bf16"
+    options = MappingProxyType({"master_weights": True, "ema_dtype": torch.bfloat16})
+
+
+class FsamExtMastersInt8(FsamExtMasters):
+    """The same with an average in eight bits."""
+
+    name = "fsam_ext masters, int8"
+    options = MappingProxyType({"master_weights": True, "ema_dtype": torch.int8})
+
+
 class Sam(FsamExt):
     """This package at sigma = 0: plain SAM."""
 
@@ -271,7 +318,8 @@ def all_providers(device: torch.device) -> dict[str, type[Provider]]:
     """Every provider that runs on the device, by a label that is unique."""
     preferred, *others = running_backends(device)
     kinds: list[type[Provider]] = [
-        type(kind.__name__, (kind,), {"backend": preferred}) for kind in (FsamExt, FsamExtFlat, Sam)
+        type(kind.__name__, (kind,), {"backend": preferred})
+        for kind in (FsamExt, FsamExtFlat, FsamExtMasters, FsamExtMastersBfloat16, FsamExtMastersInt8, FsamExtInt8, Sam)
     ]
     kinds += [Official, Foreach, Compiled, BaseOnly]
     for name in others:
@@ -295,16 +343,23 @@ def _importable(name: str) -> bool:
 # ---- The bytes that a step must move -------------------------------------------------------------------------------
 
 
-def bytes_per_parameter(dtype: torch.dtype, base: str) -> int:
+def bytes_per_parameter(
+    dtype: torch.dtype, base: str, masters: bool = False, average: torch.dtype | None = None
+) -> float:
     """What the three passes of F-SAM read and write for each parameter, each value once (docs/design.md).
 
     Pass A reads g and m; pass B reads g, m and w and writes m, w' and the backup; pass C reads the backup, g and the
     base optimizer's state and writes w and the state. Weights, gradients and the backup have the dtype of the
-    parameters, the state is float32 (float64 for float64).
+    parameters, the state is float32 (float64 for float64), and so is the average unless ``average`` is its dtype (int8
+    has a float32 scale for each 128 elements). With ``masters`` there is no backup: pass B reads the master in place of
+    w, and pass C reads and writes it and writes w.
     """
     low = dtype.itemsize
     state = 8 if dtype == torch.float64 else 4
-    noise_norm = low + state
-    perturb = (2 * low + state) + (2 * low + state)
-    restore = {"sgd": (2 * low + state) + (low + state), "adamw": (2 * low + 2 * state) + (low + 2 * state)}[base]
+    ema = state if average is None else average.itemsize + (4 / 128 if average == torch.int8 else 0)
+    weight = state if masters else low
+    noise_norm = low + ema
+    perturb = (low + weight + ema) + (low + ema) + (0 if masters else low)
+    moments = {"sgd": state, "adamw": 2 * state}[base]
+    restore = (low + weight + moments) + (low + moments) + (state if masters else 0)
     return noise_norm + perturb + restore

@@ -36,7 +36,7 @@ from measure import (
     quantiles,
     values,
 )
-from providers import BASES, Base, BaseOnly, Provider, all_providers, bytes_per_parameter
+from providers import BASES, Base, BaseOnly, Provider, all_providers
 from rows import Row, default_path, merge, read, stamp, write
 from torch import Tensor
 from tqdm import tqdm
@@ -68,6 +68,8 @@ class Case:
 
 
 HEADLINE = ("resnet18", "gpt2", "tensors_1000", "tensors_10000")
+# Where the bytes of state are measured: they do not depend on the model.
+FOOTPRINT = "resnet18"
 # Compilation takes longer than everything else together where there are thousands of tensors.
 NEVER_COMPILED = ("tensors_1000", "tensors_10000")
 
@@ -76,11 +78,13 @@ def plan(full: bool, available: dict[str, type[Provider]], compiled_on: Iterable
     """The cases in the order of their importance: a run that is cut short has the first ones."""
     short = [name for name, kind in available.items() if not kind.full_only]
     everyone = list(available) if full else short
-    seconds = 20.0 if full else 6.0
+    seconds = 20.0 if full else 4.0
 
     def case(work: Workload | Training, dtype: str, base: str, names: Iterable[str]) -> Case:
         compiles = work.name in compiled_on and work.name not in NEVER_COMPILED
-        names = tuple(name for name in names if name in available and (name != "compiled" or compiles))
+        names = (name for name in names if name in available and (name != "compiled" or compiles))
+        kinds = {name: available[name].dtypes for name in names}
+        names = tuple(name for name, dtypes in kinds.items() if dtypes is None or DTYPES[dtype] in dtypes)
         return Case(work, dtype, base, names, seconds)
 
     eager = [name for name in everyone if name != "compiled"]
@@ -109,15 +113,19 @@ def plan(full: bool, available: dict[str, type[Provider]], compiled_on: Iterable
 class Runner:
     """A provider on its own copy of a workload, whose gradients are renewed outside the measured time."""
 
-    def __init__(self, kind: type[Provider], work: Workload, gradients: list[Tensor], base: Base) -> None:
+    def __init__(
+        self, kind: type[Provider], work: Workload, gradients: list[Tensor], base: Base, make: bool = True
+    ) -> None:
         self._gradients = gradients
         first = gradients[0]
         self._clock = clock_for(first.device)
         params = work.parameters(first.dtype, first.device)
         for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient.clone()
+        self.make = lambda: setattr(self, "provider", kind(params, base))
         self._begin = time.perf_counter()
-        self.provider = kind(params, base)
+        if make:
+            self.make()
 
     def first_step(self) -> float:
         """Wall-clock seconds from the provider's making to its first finished step, compilation included."""
@@ -204,6 +212,8 @@ def measure_steps(case: Case, device: torch.device, available: dict[str, type[Pr
         for name in group:
             say(f"{case.title}: {name}, first step")
             try:
+                if work.name == FOOTPRINT:
+                    extra.setdefault(name, {}).update(_footprint(available[name], work, gradients, base))
                 runner = Runner(available[name], work, gradients, base)
                 first = runner.first_step()
                 runner()  # the first step sets up, the second one may still compile
@@ -225,10 +235,27 @@ def measure_steps(case: Case, device: torch.device, available: dict[str, type[Pr
     return rows + [_not_run(case, name, why, device) for name, why in failures.items()]
 
 
+def _footprint(kind: type[Provider], work: Workload, gradients: list[Tensor], base: Base) -> dict[str, float]:
+    """Bytes for each parameter beyond parameters and gradients: between steps, and at most within one."""
+    runner: Runner | None = None
+
+    def parameters() -> None:
+        nonlocal runner
+        runner = Runner(kind, work, gradients, base, make=False)
+
+    def first_steps() -> None:
+        runner.make()
+        runner()
+        runner()
+
+    _, first, later = memory_of([parameters, first_steps, lambda: runner()], gradients[0].device)
+    return {"state": first.kept_bytes / work.numel, "state_peak": (first.kept_bytes + later.peak_bytes) / work.numel}
+
+
 def _side_effects(runner: Runner, device: torch.device) -> dict[str, float]:
     facts: dict[str, float] = {}
     runner.renew_gradients()
-    memory: Memory = memory_of(runner.step, device)
+    memory: Memory = memory_of([runner.step, runner.step], device)[1]
     facts["allocations"], facts["peak_extra"] = memory.allocations, memory.peak_bytes
     if runner.provider.eager:
         runner.renew_gradients()
@@ -246,7 +273,6 @@ def _step_rows(
     available: dict[str, type[Provider]],
 ) -> list[Row]:
     work, dtype = case.work, DTYPES[case.dtype]
-    must_move = work.numel * bytes_per_parameter(dtype, case.base)
     names = list({name: None for record in rounds for name in record})
     rows = [_row(case, "triad", "bus", "GB/s", quantiles(values(rounds, "triad", "bytes_per_second")), device, 1e-9)]
     for name in names:
@@ -265,6 +291,7 @@ def _step_rows(
             add("descend", "ms", quantiles(values(rounds, name, "descend")), 1e3)
         kind = available.get(name.removesuffix(" graph"))
         if kind is not None and kind.is_fsam:
+            must_move = work.numel * kind.bytes_per_parameter(dtype, case.base)
             rates = [must_move / seconds for seconds in steps]
             add("achieved", "GB/s", quantiles(rates), 1e-9)
             fractions = [
@@ -280,6 +307,8 @@ def _step_rows(
             ("first_step", "ms", 1e3),
             ("allocations", "", 1),
             ("peak_extra", "MiB", 2**-20),
+            ("state", "B/parameter", 1),
+            ("state_peak", "B/parameter", 1),
             ("calls", "", 1),
             ("launches", "", 1),
         ):
@@ -414,7 +443,7 @@ def no_gpu_row() -> Row:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="every workload, dtype and base, up to an hour")
-    parser.add_argument("--minutes", type=float, help="no case starts after this time (9; with --full 55)")
+    parser.add_argument("--minutes", type=float, help="no case starts after this time (8.5; with --full 55)")
     parser.add_argument("--seconds", type=float, help="time of each case once everything is warm")
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="only these")
@@ -489,7 +518,7 @@ def main(argv: list[str] | None = None) -> int:
     # A cold start is a cold start: nothing that an earlier run compiled is found.
     caches = tempfile.mkdtemp(prefix="fsam_bench_")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
-    deadline = time.monotonic() + 60 * (args.minutes or (55 if args.full else 9))
+    deadline = time.monotonic() + 60 * (args.minutes or (55 if args.full else 8.5))
     new = [] if device.type == "cuda" else [no_gpu_row()]
     try:
         with tqdm(cases, unit="case", dynamic_ncols=True) as bar:

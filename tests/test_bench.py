@@ -80,6 +80,35 @@ def test_bytes_per_parameter_are_those_of_the_three_passes(bench, dtype, base, e
     assert bench("providers").bytes_per_parameter(dtype, base) == expected
 
 
+def test_bytes_per_parameter_with_masters_and_averages_of_fewer_bits(bench):
+    moved, bf16 = bench("providers").bytes_per_parameter, torch.bfloat16
+    # Pass A: g, m. Pass B: g, m, master, and m, w'. Pass C: g, master, momentum, and master, momentum, w.
+    assert moved(bf16, "sgd", True) == (2 + 4) + (2 + 4 + 4 + 4 + 2) + (2 + 4 + 4 + 4 + 4 + 2)
+    assert moved(bf16, "sgd", True, bf16) == moved(bf16, "sgd", True) - 3 * 2
+    assert moved(torch.float32, "adamw", False, torch.int8) == 60 - 3 * (4 - 1 - 4 / 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("base", torch.float32, 4),
+        ("fsam_ext", torch.float32, 12),
+        ("fsam_ext int8", torch.float32, 9 + 4 / 128),
+        ("fsam_ext masters", torch.bfloat16, 12),
+        ("fsam_ext masters, int8", torch.bfloat16, 9 + 4 / 128),
+        ("official", torch.float32, 8),
+    ],
+)
+def test_the_state_that_a_provider_keeps_is_counted(bench, name, dtype, expected):
+    """Of SGD with momentum. The official code keeps its average and momentum; its backup becomes the weights."""
+    run, providers = bench("run"), bench("providers")
+    work = bench("workloads").Workload("large", "large", ((512, 1024),) * 2)
+    kind = providers.all_providers(CPU)[name]
+    found = run._footprint(kind, work, work.gradients(dtype, CPU), providers.BASES["sgd"])
+    assert found["state"] == pytest.approx(expected, abs=0.05)
+    assert found["state_peak"] >= found["state"]
+
+
 @pytest.mark.parametrize(
     ("name", "millions"),
     [("resnet18", 11.69), ("vit_b_16", 86.57), ("gpt2", 124.44), ("tensors_1000", 1.024), ("tensors_10000", 0.64)],
@@ -129,7 +158,7 @@ def test_memory_counts_allocations_and_their_peak(bench):
         c = torch.empty_like(x)
         del b, c
 
-    memory = bench("measure").memory_of(two_of_four_mebibytes_live_at_once, CPU)
+    (memory,) = bench("measure").memory_of([two_of_four_mebibytes_live_at_once], CPU)
     assert (memory.allocations, memory.peak_bytes) == (3, 2 * (4 << 20))
 
 
@@ -203,10 +232,23 @@ def test_the_table_derives_from_the_rows(bench):
 
 def test_the_readme_keeps_everything_around_the_table(bench):
     plots = bench("plots")
-    text = f"before\n{plots.BEGIN}\nold\n{plots.END}\nafter\n"
-    assert plots.put_between_markers(text, "new") == f"before\n{plots.BEGIN}\nnew\n{plots.END}\nafter\n"
+    begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    assert plots.put_between_markers(text, "bench", "new") == f"before\n{begin}\nnew\n{end}\nafter\n"
     with pytest.raises(ValueError, match="once each"):
-        plots.put_between_markers("no markers", "new")
+        plots.put_between_markers("no markers", "bench", "new")
+
+
+def test_the_table_of_state_has_what_was_measured(bench):
+    def row(metric, median, **other):
+        return make_row(bench, workload="resnet18", metric=metric, median=median, **other)
+
+    rows = [row("state", 12.0), row("state_peak", 12.5), row("state", 1.0, provider="official")]
+    page = "a\n<!-- footprint:begin -->\n<!-- footprint:end -->\nb"
+    lines = bench("plots").fill(page, rows).splitlines()
+    assert "| fsam_ext | 12.00 / 12.50 | - | - | - |" in lines
+    assert not any(line.startswith("| official") for line in lines)  # one figure of two
+    assert lines[0] == "a" and lines[-1] == "b"
 
 
 def test_a_run_writes_rows_for_each_provider_and_says_what_it_did_not_run(bench, tmp_path, monkeypatch):
