@@ -1,7 +1,8 @@
 """Everything that a GPU is needed for, in one run: tests, NVIDIA's sanitizers, and each kernel's share of bandwidth.
 
-``python bench/gpu_check.py`` needs an installed torch for CUDA, fsam_ext with its CUDA library, pytest, and no network.
-The rows of the benchmark go to ``bench/results/``; docs/gpu-model.md says what they should be.
+``python bench/gpu_check.py`` needs an installed torch with Triton, fsam_ext with its CUDA library, pytest, and no
+network. It checks both backends; where the library is not there (an AMD GPU), Triton alone. The rows of the benchmark
+go to ``bench/results/``; docs/gpu-model.md says what they should be.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench import measure, rows  # noqa: E402
 from fsam_ext import ops  # noqa: E402
-from fsam_ext.backends import resolve  # noqa: E402
+from fsam_ext.backends import CANDIDATES  # noqa: E402
 
 DEVICE = torch.device("cuda")
 NUMELS = (10_000_000, 100_000_000, 1_000_000_000)
@@ -35,11 +37,30 @@ def pytest_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
 
 
-def run_tests() -> bool:
+def backends_here() -> dict[str, Any]:
+    """This package's backends that serve the GPU, by name."""
+    served = {name: CANDIDATES[name](DEVICE) for name in ("cuda", "triton")}
+    for name, (backend, reason) in served.items():
+        if backend is None:
+            print(f"backend '{name}' is not checked: {reason}")
+    return {name: backend for name, (backend, _) in served.items() if backend is not None}
+
+
+def run_tests(names: Iterable[str]) -> bool:
     """The conformance suite on the GPU and the tests that need one."""
-    conformance = pytest_command("tests/test_conformance.py", "-k", "cuda and not emulated")
-    gpu = pytest_command("tests/test_cuda_gpu.py", "-m", "gpu")
-    return all(subprocess.run(command, cwd=ROOT).returncode == 0 for command in (conformance, gpu))
+    chosen = {
+        "cuda": ("cuda and not emulated", "tests/test_cuda_gpu.py"),
+        "triton": ("triton", "tests/test_triton.py"),
+    }
+    passed = True
+    for name in names:
+        expression, tests = chosen[name]
+        for command in (
+            pytest_command("tests/test_conformance.py", "tests/test_mixed_precision.py", "-k", expression),
+            pytest_command(tests, "-m", "gpu"),
+        ):
+            passed &= subprocess.run(command, cwd=ROOT).returncode == 0
+    return passed
 
 
 def run_sanitizers() -> bool:
@@ -62,20 +83,20 @@ def run_sanitizers() -> bool:
 class Passes:
     """The passes over random tensors of one dtype, and what each one reads and writes for a parameter."""
 
-    def __init__(self, dtype: torch.dtype, numel: int, layout: str) -> None:
-        self.backend = resolve("cuda", DEVICE)
+    def __init__(self, backend: Any, device: torch.device, dtype: torch.dtype, numel: int, layout: str) -> None:
+        self.backend = backend
         sizes = [numel] if layout == "flat" else [TINY] * (numel // TINY)
         state = ops.compute_dtype(dtype)
         self.numel = sum(sizes)
         self.params, self.grads = (
-            list(torch.randn(self.numel, device=DEVICE).to(dtype).split(sizes)) for _ in range(2)
+            list(torch.randn(self.numel, device=device).to(dtype).split(sizes)) for _ in range(2)
         )
         self.offsets = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
-        self.first, self.second = (torch.rand(self.numel, dtype=state, device=DEVICE) for _ in range(2))
+        self.first, self.second = (torch.rand(self.numel, dtype=state, device=device) for _ in range(2))
         self.backup = self.params[0].new_zeros(self.numel)
-        self.partials = torch.empty(5 * ops.count_chunks(sizes), dtype=state, device=DEVICE)
-        self.stats = torch.ones(5, dtype=torch.float64, device=DEVICE)
-        self.steps = torch.ones(len(sizes), device=DEVICE)
+        self.partials = torch.empty(5 * ops.count_chunks(sizes), dtype=state, device=device)
+        self.stats = torch.ones(5, dtype=torch.float64, device=device)
+        self.steps = torch.ones(len(sizes), device=device)
         low, high = dtype.itemsize, state.itemsize
         # name -> (call, bytes read and written for each parameter)
         self.calls: dict[str, tuple[Callable[[], None], int]] = {
@@ -124,29 +145,30 @@ class Passes:
         )  # fmt: skip
 
 
-def run_benchmark(seconds: float) -> list[rows.Row]:
-    """Each pass beside a copy of as many bytes in the same round: the share of the copy's bandwidth that it reaches."""
+def run_benchmark(backends: dict[str, Any], seconds: float) -> list[rows.Row]:
+    """Each pass of each backend beside a copy in the same round: the share of the copy's bandwidth that it reaches."""
     clock, found = measure.DeviceClock(), []
     for dtype in (torch.float32, torch.bfloat16):
         for numel in NUMELS:
             for layout in LAYOUTS:
                 if layout == "tiny" and numel > NUMELS[0]:
                     continue
-                if torch.cuda.mem_get_info()[0] < 32 * numel:
+                if torch.cuda.mem_get_info()[0] < 32 * numel * len(backends):
                     continue
-                passes = Passes(dtype, numel, layout)
+                passes = {name: Passes(backend, DEVICE, dtype, numel, layout) for name, backend in backends.items()}
                 source = torch.empty(min(8 * numel, 1 << 31), dtype=torch.uint8, device=DEVICE)
                 target = torch.empty_like(source)
-                calls = {name: call for name, (call, _) in passes.calls.items()}
+                which = [(name, op) for name, made in passes.items() for op in made.calls]
+                calls = {f"{name} {op}": passes[name].calls[op][0] for name, op in which}
                 calls["copy"] = lambda target=target, source=source: target.copy_(source)
                 for call in calls.values():
                     call()
                 candidates = {name: (lambda call=call: {"step": clock.seconds(call)}) for name, call in calls.items()}
                 rounds = measure.alternate(candidates, seconds)
                 copied = 2 * source.numel()
-                for name, (_, nbytes) in passes.calls.items():
-                    moved = nbytes * passes.numel
-                    times = measure.values(rounds, name, "step")
+                for name, op in which:
+                    moved = passes[name].calls[op][1] * passes[name].numel
+                    times = measure.values(rounds, f"{name} {op}", "step")
                     shares = [
                         100 * (moved / t) / (copied / c)
                         for t, c in zip(times, measure.values(rounds, "copy", "step"), strict=True)
@@ -159,8 +181,8 @@ def run_benchmark(seconds: float) -> list[rows.Row]:
                         q = measure.quantiles(samples)
                         found.append(
                             rows.Row(
-                                provider=f"fsam_ext {name}",
-                                backend="cuda",
+                                provider=f"fsam_ext {op}" if name == "cuda" else f"fsam_ext {name} {op}",
+                                backend=name,
                                 workload=f"{layout} {numel // 1_000_000}M",
                                 dtype=str(dtype).removeprefix("torch."),
                                 base="",
@@ -173,7 +195,7 @@ def run_benchmark(seconds: float) -> list[rows.Row]:
                                 **rows.stamp(DEVICE),
                             )
                         )
-                        print(f"{found[-1].workload:10} {found[-1].dtype:8} {name:12} {q.median:10.1f} {unit}")
+                        print(f"{found[-1].workload:10} {found[-1].dtype:8} {name:7}{op:12} {q.median:10.1f} {unit}")
                 del passes, source, target, calls, candidates
                 torch.cuda.empty_cache()
     return found
@@ -187,16 +209,18 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_check needs a CUDA GPU and a torch that sees it")
-    resolve("cuda", DEVICE)  # says what is missing
+    backends = backends_here()
+    if not backends:
+        sys.exit("gpu_check: no backend of this package serves the GPU")
     wanted = arguments.only or ["tests", "sanitizers", "benchmark"]
     passed = True
     if "tests" in wanted:
-        passed &= run_tests()
-    if "sanitizers" in wanted:
+        passed &= run_tests(backends)
+    if "sanitizers" in wanted and "cuda" in backends:
         passed &= run_sanitizers()
     if "benchmark" in wanted:
         path = rows.default_path(DEVICE)
-        rows.write(path, rows.merge(rows.read(path), run_benchmark(arguments.seconds)))
+        rows.write(path, rows.merge(rows.read(path), run_benchmark(backends, arguments.seconds)))
         print(f"rows are in {path}")
     sys.exit(0 if passed else 1)
 

@@ -72,6 +72,8 @@ def report(device: torch.device) -> tuple[str, bool]:
             status, why = "no", reason
         elif wish is not None and name != wish:
             status, why = "can", f"FSAM_BACKEND={wish} asks for another"
+        elif wish is None and not backends.serves_unasked(name, device):
+            status, why = "can", f"where it is asked for: backend='{name}'"
         elif serving is not None:
             status, why = "can", f"'{serving}' comes before it"
         else:

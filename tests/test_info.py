@@ -46,6 +46,17 @@ def test_it_tells_the_instruction_set():
     assert torch.ops.fsam_ext.cpu_isa() in rows(info.describe("cpu"))["cpu"]
 
 
+def test_the_reference_serves_a_gpu_only_where_it_is_asked_for(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(info, "_missing", lambda device: None)
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(backends.CANDIDATES, name, lambda device: (None, "broken for this test"))
+    text, serves = info.report(gpu)
+    assert not serves and "can" in rows(text)["reference"] and "backend='reference'" in rows(text)["reference"]
+    monkeypatch.setenv("FSAM_BACKEND", "reference")
+    assert info.report(gpu)[1]
+
+
 def test_a_wish_in_the_environment_is_followed(monkeypatch):
     monkeypatch.setenv("FSAM_BACKEND", "reference")
     table = rows(info.describe("cpu"))

@@ -240,6 +240,35 @@ def test_backend_choice(monkeypatch):
         backends.resolve(None, cpu)
 
 
+def test_a_gpu_that_no_backend_serves_is_refused_with_every_reason(monkeypatch):
+    monkeypatch.delenv("FSAM_BACKEND", raising=False)
+    gpu = torch.device("cuda")
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(backends.CANDIDATES, name, lambda device, name=name: (None, f"no {name} here"))
+    with pytest.raises(
+        RuntimeError, match="no backend serves cuda: .*no cuda here.*no triton here.*backend='reference'"
+    ):
+        backends.resolve(None, gpu)
+    assert backends.resolve("reference", gpu) is backends.reference
+
+
+def test_a_gpu_that_the_cuda_library_does_not_fit_goes_to_triton(monkeypatch):
+    monkeypatch.delenv("FSAM_BACKEND", raising=False)
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    served = backends._compiled("cuda", None, backends._misfit_of_cuda)
+    monkeypatch.setitem(backends.CANDIDATES, "cuda", served)
+    monkeypatch.setitem(backends.CANDIDATES, "triton", lambda device: ("triton's", None))
+    for capability, fits in (((7, 0), False), ((7, 5), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert (backends.resolve(None, gpu) == "triton's") == (not fits)
+        if not fits:
+            with pytest.raises(RuntimeError, match=r"need compute capability 7\.5, and cuda:0 has 7\.0"):
+                backends.resolve("cuda", gpu)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert backends.resolve(None, gpu) == "triton's"
+
+
 def test_falling_back_to_the_reference_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(backends, "_logged", set())
     for name in ("cpu", "triton"):
