@@ -122,10 +122,14 @@ class Runner:
         params = work.parameters(first.dtype, first.device)
         for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient.clone()
-        self.make = lambda: setattr(self, "provider", kind(params, base))
+        self._kind, self._params, self._base = kind, params, base
         self._begin = time.perf_counter()
         if make:
             self.make()
+
+    def make(self) -> None:
+        """Makes the provider."""
+        self.provider = self._kind(self._params, self._base)
 
     def first_step(self) -> float:
         """Wall-clock seconds from the provider's making to its first finished step, compilation included."""
@@ -238,6 +242,7 @@ def measure_steps(case: Case, device: torch.device, available: dict[str, type[Pr
 def _footprint(kind: type[Provider], work: Workload, gradients: list[Tensor], base: Base) -> dict[str, float]:
     """Bytes for each parameter beyond parameters and gradients: between steps, and at most within one."""
     runner: Runner | None = None
+    gc.collect()  # or the memory of an earlier provider would be freed, and counted, meanwhile
 
     def parameters() -> None:
         nonlocal runner
