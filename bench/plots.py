@@ -31,6 +31,8 @@ COLORS = {
 }
 PEERS = ("official", "pytorch_optimizer", "foreach", "compiled")
 OURS = ("fsam_ext", "fsam_ext flat")
+# Not what is compared: other work, or the tests' own oracle.
+UNPLOTTED = ("official", "base", "sam", "fsam_ext reference")
 
 
 class Figures:
@@ -97,29 +99,31 @@ def _caption(figures: Figures) -> str:
 def speedup(figures: Figures, plt):
     """Bars: how many times faster than the official sequence, for each workload. Below 1 is slower."""
     cases = [case for case in figures.cases("step") if figures.get("official", case[0], "step", *case[1:])]
+    found = {
+        case: [(n, row) for n in COLORS if n not in UNPLOTTED and (row := _speedup(figures, n, case))] for case in cases
+    }
+    bars = sum(len(rows) + 1 for rows in found.values())
     if not cases:
         return None
-    names = [n for n in COLORS if n != "official" and any(_speedup(figures, n, c) for c in cases)]
-    names = [n for n in names if n not in ("base", "sam")]
-    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.16 * (len(names) + 1.5) * len(cases)), layout="constrained")
-    height = 1 / (len(names) + 1.5)
-    for i, name in enumerate(names):
-        for j, case in enumerate(cases):
-            row = _speedup(figures, name, case)
-            if row is None:
-                continue
-            y = j + (i - (len(names) - 1) / 2) * height
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.14 * bars), layout="constrained")
+    y, ticks = 0, []
+    for rows in found.values():
+        ticks.append(y + (len(rows) - 1) / 2)
+        for name, row in rows:
             label = name if name not in axes.get_legend_handles_labels()[1] else None
             error = [[row.median - row.q20], [row.q80 - row.median]]
-            axes.barh(y, row.median, height, color=COLORS[name], label=label, xerr=error, error_kw={"lw": 0.8})
+            axes.barh(y, row.median, 1, color=COLORS[name], label=label, xerr=error, error_kw={"lw": 0.8})
             axes.text(row.q80 * 1.04, y, f"{row.median:.3g}x", va="center", fontsize=7)
+            y += 1
+        y += 1
     axes.axvline(1, color=COLORS["official"], lw=1)
     axes.set_xscale("log")
-    axes.set_xlim(right=axes.get_xlim()[1] * 1.6)
-    axes.set_yticks(range(len(cases)), [_label(case) for case in cases])
-    axes.invert_yaxis()
+    axes.set_xlim(right=axes.get_xlim()[1] * 1.3)
+    axes.set_yticks(ticks, [_label(case) for case in cases])
+    axes.set_ylim(y - 0.5, -1)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("optimizer part of a step: times faster than the official sequence (median, 20-80 %)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.5 / figure.get_figheight()), ncols=5, frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
@@ -139,7 +143,7 @@ def bus(figures: Figures, plt):
             label = "triad of the same size: the limit" if j == 0 else None
             axes.plot([j - 0.42, j + 0.42], [triad.median] * 2, color="black", lw=2, label=label)
             axes.fill_between([j - 0.42, j + 0.42], triad.q20, triad.q80, color="black", alpha=0.12, lw=0)
-        names = [n for n in COLORS if figures.get(n, case[0], "achieved", *case[1:])]
+        names = [n for n in COLORS if n != "fsam_ext reference" and figures.get(n, case[0], "achieved", *case[1:])]
         for i, name in enumerate(names):
             row = figures.get(name, case[0], "achieved", *case[1:])
             label = name if name not in axes.get_legend_handles_labels()[1] else None
@@ -150,7 +154,7 @@ def bus(figures: Figures, plt):
     axes.set_ylabel("bytes that F-SAM must move / time, GB/s")
     axes.set_xticks(range(len(cases)), [_label(case) for case in cases], rotation=35, ha="right", fontsize=7)
     axes.grid(axis="y", which="both", lw=0.3)
-    figure.legend(loc="outside upper center", ncols=5, frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 

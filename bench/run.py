@@ -216,13 +216,13 @@ def measure_steps(case: Case, device: torch.device, available: dict[str, type[Pr
         for name in group:
             say(f"{case.title}: {name}, first step")
             try:
-                if work.name == FOOTPRINT:
-                    extra.setdefault(name, {}).update(_footprint(available[name], work, gradients, base))
                 runner = Runner(available[name], work, gradients, base)
                 first = runner.first_step()
                 runner()  # the first step sets up, the second one may still compile
                 facts = extra.setdefault(name, {})
                 facts.setdefault("first_step", first)
+                if work.name == FOOTPRINT:  # after the cold start, which would else find what this one compiled
+                    facts.update(_footprint(available[name], work, gradients, base))
                 if "calls" not in facts:
                     facts.update(_side_effects(runner, device))
                 runners[name] = runner
