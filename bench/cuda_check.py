@@ -230,7 +230,8 @@ def print_host_times() -> None:
     """The host's share of each op on this machine, for numbers of tensors: the call, its checks and its tables.
 
     It is measured in the emulated library (tests/cuda_emulation) with launches that do nothing, in processor time:
-    other jobs on the machine hardly change that.
+    other jobs on the machine hardly change that. The tensors are what an optimizer has: parameters with an owner in C++
+    (fsam_ext/segments.py), their gradients, and no_grad.
     """
     sys.path.insert(0, str(ROOT))
     import torch
@@ -244,6 +245,12 @@ def print_host_times() -> None:
     print(f"{'tensors':>8} " + " ".join(f"{op:>12}" for op in ("noise_norm", "perturb", "restore_sgd", "restore_adam")))
     for count in (1, 100, 150, 1000, 10000):
         problem = Problem(torch.float32, [64] * count)
+        problem.params = [torch.nn.Parameter(param) for param in problem.params]
+        for param, grad in zip(problem.params, problem.grads):
+            param.grad = grad
+        problem.grads = [param.grad for param in problem.params]
+        with torch.no_grad():
+            owners = [param.view_as(param) for param in problem.params]
         calls = {
             "noise_norm": lambda problem=problem: problem.noise_norm(backend),
             "perturb": lambda problem=problem: problem.perturb(backend),
@@ -251,7 +258,9 @@ def print_host_times() -> None:
             "restore_adam": lambda problem=problem: problem.adam(backend),
         }
         candidates = {name: (lambda call=call: {"step": _processor_seconds(call)}) for name, call in calls.items()}
-        rounds = measure.alternate(candidates, 3.0, max_rounds=1000)
+        with torch.no_grad():
+            rounds = measure.alternate(candidates, 3.0, max_rounds=1000)
+        del owners
         found = [measure.quantiles(measure.values(rounds, name, "step")).median * 1e6 for name in calls]
         print(f"{count:8} " + " ".join(f"{time:9.1f} us" for time in found))
 
