@@ -16,7 +16,12 @@ from workloads import WORKLOADS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROVIDERS = all_providers(DEVICE)
-NAMES = [name for name, kind in PROVIDERS.items() if kind.eager and not kind.full_only]
+DTYPE = torch.float32
+NAMES = [
+    name
+    for name, kind in PROVIDERS.items()
+    if kind.eager and not kind.full_only and (kind.dtypes is None or DTYPE in kind.dtypes)
+]
 
 
 @pytest.fixture
@@ -24,7 +29,7 @@ def runner(request):
     """A provider that has made its first step, on its own copy of the workload."""
     name, workload = request.param
     work = WORKLOADS[workload]
-    made = Runner(PROVIDERS[name], work, work.gradients(torch.float32, DEVICE), BASES["sgd"])
+    made = Runner(PROVIDERS[name], work, work.gradients(DTYPE, DEVICE), BASES["sgd"])
     made()
     yield made
     del made
