@@ -174,6 +174,9 @@ class Memory:
     kept_bytes: int
 
 
+_NEXT_CALL = "fsam_ext bench: the next call"
+
+
 def memory_of(calls: Sequence[Callable[[], None]], device: torch.device) -> list[Memory]:
     """What torch's allocator does during each of some calls, made one after the other.
 
@@ -194,12 +197,9 @@ def memory_of(calls: Sequence[Callable[[], None]], device: torch.device) -> list
         elif event.name() == "[memory]" and found:
             found[-1].append(event.nbytes())
     return [
-        Memory(sum(change > 0 for change in changes), max(0, *accumulate(changes), 0), sum(changes))
+        Memory(sum(change > 0 for change in changes), max(accumulate(changes, initial=0)), sum(changes))
         for changes in found
     ]
-
-
-_NEXT_CALL = "fsam_ext bench: the next call"
 
 
 def _memory_on_cuda(call: Callable[[], None]) -> Memory:

@@ -102,9 +102,9 @@ def speedup(figures: Figures, plt):
     found = {
         case: [(n, row) for n in COLORS if n not in UNPLOTTED and (row := _speedup(figures, n, case))] for case in cases
     }
-    bars = sum(len(rows) + 1 for rows in found.values())
     if not cases:
         return None
+    bars = sum(len(rows) + 1 for rows in found.values())
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.14 * bars), layout="constrained")
     y, ticks = 0, []
     for rows in found.values():

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from measure import HostClock, Triad, quantiles
+from plots import put_between_markers
 from rows import stamp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -187,10 +188,7 @@ def main() -> None:
     text = tables(arguments.ranks, arguments.rounds) + f" Load of the machine before: {load:.1f}."
     print(text)
     if arguments.write is not None:
-        begin, end = "<!-- scaling:begin -->", "<!-- scaling:end -->"
-        page = arguments.write.read_text()
-        before, after = page.split(begin)[0], page.split(end)[1]
-        arguments.write.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+        arguments.write.write_text(put_between_markers(arguments.write.read_text(), "scaling", text))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,11 @@ def origin(state_dict: dict[str, Any]) -> str:
 
 
 def convert(state_dict: dict[str, Any], to: str) -> dict[str, Any]:
-    """A state_dict of any of the origins, for ``to``: "fsam_ext" or "torch"."""
+    """A state_dict of any of the origins, for ``to``: "fsam_ext" or "torch".
+
+    Raises:
+        ValueError: this is no state_dict of an optimizer, or one of a later release.
+    """
     if to == "torch":
         return to_torch(state_dict)
     check_form(state_dict)

@@ -57,7 +57,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def sharding(param: Tensor) -> Sharding | None:
     """How a DTensor lies on its mesh; None for a plain tensor."""
-    if type(param) in _PLAIN or not is_dtensor(param):
+    if not is_dtensor(param):
         return None
     mesh = param.device_mesh
     copies = 1
