@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -34,25 +35,36 @@ class BackwardCount:
 
     One parameter stands for all. Where autograd does not reach it as a leaf (sharded parameters) nothing is counted and
     nothing is noticed.
+
+    Parameter and count know each other weakly: Python's collector does not see through a parameter's hooks, so it would
+    never free either.
     """
 
     def __init__(self) -> None:
-        self._param: Tensor | None = None
+        self._param: Callable[[], Tensor | None] = lambda: None
         self._count = 0
         self._ascent: int | None = None
         self._warned = False
 
     def ascended(self, param: Tensor) -> None:
         """The first pass is over; from now on the second one's backward passes count."""
-        self._ascent = self._count if self._param is param else None  # None: it was not watched yet
-        if self._param is not param and param.is_leaf and param.requires_grad:
-            self._param = param
-            param.register_post_accumulate_grad_hook(self._counted)
+        watched = self._param() is param
+        self._ascent = self._count if watched else None
+        if not watched and param.is_leaf and param.requires_grad:
+            self._watch(param)
         self._count = 0
 
-    def _counted(self, param: Tensor) -> None:
-        if param is self._param:
-            self._count += 1
+    def _watch(self, param: Tensor) -> None:
+        this = weakref.ref(self)
+
+        def count(param: Tensor) -> None:
+            self = this()
+            if self is not None and self._param() is param:
+                self._count += 1
+
+        self._param = weakref.ref(param)
+        hook = param.register_post_accumulate_grad_hook(count)
+        weakref.finalize(self, hook.remove).atexit = False
 
     def finished(self) -> None:
         """The second pass is over: warns once where it made another number of backward passes."""

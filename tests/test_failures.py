@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from fsam_ext import SAM, FriendlySAM
+from fsam_ext import SAM, FriendlySAM, flatten_parameters
 
 from .conformance import identical
 from .test_optimizer import BASES, backward, batches, network, one_step, train
@@ -247,8 +249,6 @@ def test_a_skipped_step_is_counted_by_adam():
 
 
 def test_an_old_gradient_is_kept_alive_between_the_passes():
-    import weakref
-
     model = network()
     optimizer = FriendlySAM(model.parameters(), SGD, lr=0.1)
     one_step(model, optimizer, next(batches(1)), "two_steps")
@@ -256,3 +256,31 @@ def test_an_old_gradient_is_kept_alive_between_the_passes():
     grads = [weakref.ref(p.grad) for p in model.parameters()]
     optimizer.first_step(zero_grad=True)
     assert all(grad() is None for grad in grads)
+
+
+@pytest.mark.parametrize("flattened", (False, True))
+@pytest.mark.parametrize("base", ("sgd_momentum", "adamw", "rmsprop"))
+def test_an_optimizer_that_is_dropped_keeps_weights_alive(base, flattened):
+    model = network()
+    if flattened:
+        flatten_parameters(model, grads=True)
+    optimizer = FriendlySAM(model.parameters(), BASES[base][0], **BASES[base][1])
+    for batch in batches(2):
+        one_step(model, optimizer, batch, "two_steps")
+    kept = [weakref.ref(param) for param in model.parameters()]
+    del model, optimizer
+    gc.collect()
+    assert kept and all(param() is None for param in kept)
+
+
+def test_an_optimizer_that_is_dropped_leaves_hooks_on_a_model_that_stays():
+    model = network()
+    for _ in range(3):
+        optimizer = FriendlySAM(model.parameters(), lr=0.1)
+        for batch in batches(2):
+            one_step(model, optimizer, batch, "two_steps")
+    hooks = [len(param._post_accumulate_grad_hooks or ()) for param in model.parameters()]
+    assert sum(hooks) == 1
+    del optimizer
+    gc.collect()
+    assert sum(len(param._post_accumulate_grad_hooks or ()) for param in model.parameters()) == 0
