@@ -14,6 +14,7 @@
 
 #include "average.h"
 #include "formulas.h"
+#include "held.h"
 #include "storage.h"
 #include "tensor_list.h"
 #include "tensor_table.h"
@@ -56,24 +57,6 @@ const char* dtype_name() {
   if constexpr (std::is_same_v<T, half>) return "float16";
   if constexpr (std::is_same_v<T, int8_t>) return "int8";
   if constexpr (std::is_same_v<T, int64_t>) return "int64";
-}
-
-// Calls call(T{}) with the storage type of the parameters.
-template <class Call>
-void dispatch_storage(const Tensors& params, const Call& call) {
-  if (params.empty()) return;
-  const int32_t dtype = dtype_of(params[0]);
-  if (dtype == dtype_number<float>()) {
-    call(float{});
-  } else if (dtype == dtype_number<double>()) {
-    call(double{});
-  } else if (dtype == dtype_number<bfloat16>()) {
-    call(bfloat16{});
-  } else if (dtype == dtype_number<half>()) {
-    call(half{});
-  } else {
-    STD_TORCH_CHECK(false, "fsam_ext: params[0] must be float64, float32, bfloat16 or float16");
-  }
 }
 
 // Whether the elements fill one block of memory without gaps or overlap, in any order of the
@@ -119,9 +102,50 @@ struct Place {
   }
 };
 
+// The parameters of a call and their gradients: lists, or what is held under the offsets.
+class Rows {
+ public:
+  Rows(const Tensors& params, const Tensors* grads, const Tensor& offsets)
+      : params_(params.data()), size_(params.size()), grads_(grads ? grads->data() : nullptr) {
+    if (size_ > 0 || offsets.numel() == 0) return;
+    StableIValue argument = torch::stable::detail::from(offsets);
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fsam_ext::held_parameters", "", &argument, TORCH_ABI_VERSION));
+    const auto* held = reinterpret_cast<const HeldParameters*>(torch::stable::detail::to<int64_t>(argument));
+    if (!held) return;
+    params_ = held->params;
+    size_ = held->size;
+    held_ = true;
+  }
+
+  size_t size() const { return size_; }
+  // To be called before row i is looked at.
+  void fetch_ahead(size_t i) const {
+    if (held_) {
+      fsam::fetch_ahead(params_, size_, i);
+    } else if (i + kFetchedAhead < size_) {
+      fetch(params_[i + kFetchedAhead]);
+      if (grads_) fetch(grads_[i + kFetchedAhead]);
+    }
+  }
+  ListedTensor param(size_t i) const { return ListedTensor(params_[i]); }
+  ListedTensor grad(size_t i) const {
+    if (!held_) return ListedTensor(grads_[i]);
+    const AtenTensorHandle grad = grad_of(params_[i]);
+    STD_TORCH_CHECK(grad, "fsam_ext: grads[", i, "] is missing; each parameter of a call needs a gradient");
+    return ListedTensor(grad);
+  }
+
+ private:
+  const AtenTensorHandle* params_;
+  size_t size_;
+  const AtenTensorHandle* grads_;
+  bool held_ = false;
+};
+
 // The rows of a call, and what must live as long as they are in use.
 struct Arguments {
   TensorTable table;
+  int32_t dtype = 0;
   Place place{};
   int64_t flat_numel = 0;  // how many elements the flat buffers need
   std::vector<Tensor> reordered_grads;
@@ -137,34 +161,37 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
     STD_TORCH_CHECK(layout_of(tensor) == aoti_torch_layout_strided(), "fsam_ext: ", list, "[", i,
                     "] is sparse; only dense (strided) tensors are supported: use sparse=False, or to_dense()");
   };
+  const Rows rows(params, grads, offsets);
   STD_TORCH_CHECK(offsets.is_cpu() && dtype_of(offsets) == aoti_torch_dtype_int64() && offsets.is_contiguous() &&
-                      offsets.numel() == int64_t(params.size()),
+                      offsets.numel() == int64_t(rows.size()),
                   "fsam_ext: offsets must be a contiguous int64 tensor on the CPU with one entry "
                   "for each of the ",
-                  params.size(), " parameters");
+                  rows.size(), " parameters");
   STD_TORCH_CHECK(!grads || grads->size() == params.size(), "fsam_ext: ", params.size(), " params but ",
                   grads ? grads->size() : 0, " grads; each parameter of a call needs a gradient");
 
   Arguments result;
-  result.table.rows.reserve(params.size());
+  if (rows.size() == 0) return result;
+  result.table.rows.reserve(rows.size());
   const int64_t* offset = static_cast<const int64_t*>(offsets.data_ptr());
-  const int32_t dtype = params.empty() ? 0 : dtype_of(params[0]);
-  if (!params.empty()) result.place = {params[0].is_cpu(), params[0].get_device_index()};
-  STD_TORCH_CHECK(params.empty() || result.place.on_cpu == on_cpu,
+  result.dtype = dtype_of(rows.param(0));
+  result.place = {rows.param(0).is_cpu(), rows.param(0).get_device_index()};
+  STD_TORCH_CHECK(result.place.on_cpu == on_cpu,
                   "fsam_ext: params[0] is on another device than the backend that was called serves");
-  for (size_t i = 0; i < params.size(); ++i) {
-    const ListedTensor param = params[i];
+  for (size_t i = 0; i < rows.size(); ++i) {
+    rows.fetch_ahead(i);
+    const ListedTensor param = rows.param(i);
     check_strided(param, "params", i);
-    STD_TORCH_CHECK(dtype_of(param) == dtype && result.place.holds(param), "fsam_ext: params[", i,
+    STD_TORCH_CHECK(dtype_of(param) == result.dtype && result.place.holds(param), "fsam_ext: params[", i,
                     "] differs from params[0] in dtype or device; make one call for each dtype and device");
     STD_TORCH_CHECK(is_dense(param), "fsam_ext: params[", i,
                     "] has gaps or overlaps in memory; only dense strides are supported: call "
                     ".contiguous() on it");
     const void* grad_data = nullptr;
     if (grads) {
-      const ListedTensor grad = (*grads)[i];
+      const ListedTensor grad = rows.grad(i);
       check_strided(grad, "grads", i);
-      STD_TORCH_CHECK(dtype_of(grad) == dtype, "fsam_ext: grads[", i,
+      STD_TORCH_CHECK(dtype_of(grad) == result.dtype, "fsam_ext: grads[", i,
                       "] has another dtype than its parameter; convert it");
       STD_TORCH_CHECK(result.place.holds(grad), "fsam_ext: grads[", i,
                       "] is on another device than its parameter; move it");
@@ -183,6 +210,23 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
     result.table.add(param.data_ptr(), grad_data, param.numel(), offset[i]);
   }
   return result;
+}
+
+// Calls call(T{}) with the storage type of the parameters.
+template <class Call>
+void dispatch_storage(const Arguments& args, const Call& call) {
+  if (args.table.rows.empty()) return;
+  if (args.dtype == dtype_number<float>()) {
+    call(float{});
+  } else if (args.dtype == dtype_number<double>()) {
+    call(double{});
+  } else if (args.dtype == dtype_number<bfloat16>()) {
+    call(bfloat16{});
+  } else if (args.dtype == dtype_number<half>()) {
+    call(half{});
+  } else {
+    STD_TORCH_CHECK(false, "fsam_ext: params[0] must be float64, float32, bfloat16 or float16");
+  }
 }
 
 // The data of a tensor of element type E with at least `numel` elements.

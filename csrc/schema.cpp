@@ -49,6 +49,19 @@ FSAM_LIBRARY(FSAM_NAMESPACE, m) {
   // Asks for huge pages behind a CPU buffer, before it is touched; no backend op.
   m.def("advise_huge_pages(Tensor buffer) -> ()");
 
+  // Parameters that the ops above take in the place of lists, under their `offsets`: NOTE [held parameters] in held.h.
+  // `release` takes the address of the offsets' data; whoever held them may be on the way out.
+  m.def("can_hold() -> bool");
+  m.def("hold(Tensor[] params, Tensor offsets) -> ()");
+  m.def("release(int address) -> ()");
+  // Whether each has a gradient; whether each and its gradient have the addresses that they had when they were held.
+  m.def("have_grads(Tensor offsets) -> bool");
+  m.def("in_place(Tensor offsets) -> bool");
+  // Tells autograd that the parameters were written to.
+  m.def("written(Tensor offsets) -> ()");
+  // For other libraries: the address of a HeldParameters, or 0.
+  m.def("held_parameters(Tensor offsets) -> int");
+
   // The instruction set that the CPU kernels use here; no backend op.
   m.def("cpu_isa() -> str");
 }

@@ -14,6 +14,23 @@
 
 namespace fsam {
 
+// NOTE [tensors are fetched ahead]
+// A look at thousands of tensors waits for memory: what torch knows of each is in objects of their own. A handle points
+// to an at::Tensor, which is a pointer to such an object of about four lines of cache, with the links to storage,
+// gradient and version in the first one. Asking some turns ahead for what will be read takes a third off the time of a
+// look; where a torch has it elsewhere, nothing but time is lost.
+constexpr size_t kFetchedAhead = 8;
+
+inline const char* object_of(AtenTensorHandle tensor) {
+  return *reinterpret_cast<const char* const*>(tensor);
+}
+inline void fetch_links(AtenTensorHandle tensor) {
+  __builtin_prefetch(object_of(tensor));
+}
+inline void fetch(AtenTensorHandle tensor) {
+  for (int line = 0; line < 4; ++line) __builtin_prefetch(object_of(tensor) + 64 * line);
+}
+
 // One tensor of a list: valid as long as the list.
 class ListedTensor {
  public:
@@ -70,6 +87,7 @@ class TensorList {
   size_t size() const { return handles_.size(); }
   bool empty() const { return handles_.empty(); }
   ListedTensor operator[](size_t i) const { return ListedTensor(handles_[i]); }
+  const AtenTensorHandle* data() const { return handles_.data(); }
 
  private:
   std::vector<AtenTensorHandle> handles_;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,14 +56,17 @@ class FlatParameters:
     def _address(self, flat: Tensor, param: Tensor) -> int:
         return flat.data_ptr() + self.offset[param] * flat.element_size()
 
-    def zero_grad(self, params: Iterable[Tensor]) -> None:
-        """Zeroes all gradients in one pass, and puts back those that ``set_to_none`` may have taken away."""
+    def zero_grad(self, params: Sequence[Tensor]) -> None:
+        """Zeroes the gradients of ``params``, and puts back those that ``set_to_none`` may have taken away."""
         assert self.grad is not None
         for param in params:
             if not self.holds_grad(param):
                 param.grad = memory_view(self.grad, self.offset[param], param)
                 REGISTRY.generation += 1
-        self.grad.zero_()
+        if len(params) == len(self.offset):
+            self.grad.zero_()
+        else:  # the others are another optimizer's
+            torch._foreach_zero_([param.grad for param in params])
 
 
 class Registry:

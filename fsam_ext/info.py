@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from . import _library, backends
+from . import _library, backends, held
 from ._version import __version__
 
 
@@ -82,8 +82,10 @@ def report(device: torch.device) -> tuple[str, bool]:
         rows.append((name, _DETAILS.get(name, lambda: "")(), status, why))
     header = ("backend", "version", "serves", "why")
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(3)]
+    listed = held.unavailable()
     lines = [
         f"fsam_ext {__version__}, torch {torch.__version__}, device {device}",
+        f"Parameters are {'held in C++' if listed is None else f'listed in each call: {listed}'}.",
         "",
         *("  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in [header, *rows]),
         "",

@@ -13,6 +13,8 @@ of them, or it is float32 and holds their master weights, of which the parameter
 ``stats`` is a float64 tensor of five elements, ``partials`` scratch in the dtype of the state with five elements for
 each chunk (:func:`count_chunks`). Small tensors live on the device of the parameters.
 
+Both lists may be empty where C++ holds the rows' parameters under ``offsets``: csrc/held.h, NOTE [held parameters].
+
 All ops raise RuntimeError, before they write anything, for arguments that do not fit this description.
 """
 

@@ -20,6 +20,7 @@ from .diagnostics import EffectWatch, effective_norm_and_cosine, total_effect
 from .distributed import Sharding
 from .flat_state import FlatState
 from .flatten import REGISTRY, FlatParameters
+from .held import current_grads
 from .options import FORMAT, LOW_PRECISION, STEP, check_gradient, check_options, check_parameter, uses_ema
 from .schedule import Boundary, Schedule
 from .segments import Guards, Segment, same_objects
@@ -690,7 +691,7 @@ class FriendlySAM(Optimizer):
         for _, segment, grads in participants:
             grad_scale = self._guards(segment.flat.device).grad_scale
             if grad_scale is not None:
-                torch._foreach_div_(grads, grad_scale)
+                torch._foreach_div_(grads or current_grads(segment.params), grad_scale)
         self._generic.step(self.state, self.param_groups)
         for _, segment, _ in participants:
             segment.written()
@@ -744,12 +745,15 @@ class FriendlySAM(Optimizer):
             self._stage = State.ASCENDED
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears all gradients; those that ``flatten_parameters`` laid out are zeroed in place, in one pass."""
+        """Clears all gradients; those that ``flatten_parameters`` laid out are zeroed in place, run by run."""
         self._backward_count.cleared()
         if not len(REGISTRY):
             return super().zero_grad(set_to_none)
         flattened: dict[FlatParameters, list[Tensor]] = {}
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
+            segments, _ = self._segments.get(number, ([], ()))
+            if len(segments) == 1 and segments[0].zero_flat_grads(group["params"]):
+                continue
             for param in group["params"]:
                 flat = REGISTRY.get(param)
                 if flat is not None and flat.grad is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -14,10 +13,8 @@ from . import ops
 from .distributed import GatheredCopies, local, local_grads
 from .flat_state import FlatState, aligned_numel
 from .flatten import REGISTRY
+from .held import Held, current_grads, look_at
 
-# A step reads these of every parameter: a descriptor called by map() costs a third of an attribute in a loop.
-_GRAD = Tensor.grad.__get__
-_DATA_PTR = Tensor.data_ptr
 _VERSION = Tensor._version.__get__
 
 
@@ -60,7 +57,8 @@ class Segment:
 
     Attributes:
         params: the optimizer's parameters.
-        rows: what the ops take as ``params``: the parameters, this rank's shards of them, or whole runs of them where
+        rows: what the ops take as ``params``: nothing where they take the parameters that C++ holds under ``offsets``,
+            else the parameters, this rank's shards of them, or whole runs of them where
             ``flatten_parameters(module, grads=True)`` laid them one after the other.
         offsets: int64 CPU tensor, the rows' positions in the flat state.
         chunks: number of chunks of pass A.
@@ -81,13 +79,17 @@ class Segment:
         firsts = list(range(len(params)))
         if not self._sharded and _are_flattened(params) and _steps_agree(flat, index):
             firsts = _starts_of_runs(flat, params)
-            self._addresses = list(map(_DATA_PTR, params))
-            self._grad_addresses = _addresses_of_grads(params)
             self.rows, self._flat_grads = _merged(params, firsts)
-        with torch.no_grad():
-            self._owners = [row.view_as(row) for row in self.rows]  # NOTE [rows have an owner in C++]
         self.offsets = torch.tensor([flat.offset[params[i]] for i in firsts], dtype=torch.int64)
         self.chunks = ops.count_chunks(row.numel() for row in self.rows)
+        self._look = look_at(params, self.offsets)
+        self._rows_are_held = (
+            isinstance(self._look, Held) and self._flat_grads is None and getattr(backend, "takes_held", False)
+        )
+        if self._rows_are_held:
+            self.rows = []
+        with torch.no_grad():
+            self._owners = [row.view_as(row) for row in self.rows]  # NOTE [rows have an owner in C++]
         scratch = self.chunks * ops.STATISTICS
         if flat.partials.numel() < scratch:
             flat.partials = flat.partials.new_empty(scratch)
@@ -97,21 +99,31 @@ class Segment:
         self._row_index = _slice_or_index([index[i] for i in firsts], flat.device)
 
     def current_grads(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """The gradients that ``params`` have now, row by row; None where this segment does not describe them any more.
+        """The gradients that ``params`` have now, as the ops take them: none where the rows are held.
+
+        Returns None where this segment does not describe them any more.
 
         The caller drops the list after the pass: a segment that kept it would keep cleared gradients alive.
         """
         if self.generation != self.flat.generation or not same_objects(self.params, params):
             return None
         if self._flat_grads is not None:
-            in_place = self._addresses == list(map(_DATA_PTR, params))
-            return self._flat_grads if in_place and self._grad_addresses == _addresses_of_grads(params) else None
-        grads = list(map(_GRAD, params))
-        if self._registry_generation != REGISTRY.generation or any(map(is_, grads, repeat(None))):
+            return self._flat_grads if self._look.in_place() else None
+        if self._registry_generation != REGISTRY.generation or not self._look.have_grads():
             return None
+        if self._rows_are_held:
+            return []
+        grads = current_grads(params)
         if self._sharded:
             return local_grads(params, grads) if same_objects(self.rows, list(map(local, params))) else None
         return grads
+
+    def zero_flat_grads(self, params: Sequence[Tensor]) -> bool:
+        """Zeroes the gradients of ``params`` where whole runs of them are this segment's rows; else returns False."""
+        grads = None if self._flat_grads is None else self.current_grads(params)
+        for grad in grads or ():
+            grad.zero_()
+        return grads is not None
 
     def measure_effect(self) -> None:
         """Has pass B count what rounding leaves of the perturbation."""
@@ -119,7 +131,7 @@ class Segment:
 
     def written(self) -> None:
         """Tells autograd that the weights moved: a graph made before is of no use now."""
-        torch.autograd.graph.increment_version(self.params)
+        self._look.written()
         if self._gathered is not None:  # FSDP has copies of its own
             torch.autograd.graph.increment_version(self.rows)
             self._gathered.give_up()
@@ -149,14 +161,6 @@ def _slice_or_index(index: list[int], device: torch.device) -> slice | Tensor:
     if index == list(range(index[0], index[0] + len(index))):
         return slice(index[0], index[0] + len(index))
     return torch.tensor(index, dtype=torch.int64, device=device)
-
-
-def _addresses_of_grads(params: Sequence[Tensor]) -> list[int] | None:
-    """Where the gradients lie, or None where one is missing."""
-    try:
-        return list(map(_DATA_PTR, map(_GRAD, params)))
-    except TypeError:
-        return None
 
 
 def _are_flattened(params: Sequence[Tensor]) -> bool:

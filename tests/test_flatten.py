@@ -15,7 +15,7 @@ from .test_optimizer import BASES, backward, batches, network, one_step, worst
 
 
 def rows(optimizer) -> int:
-    return sum(len(segment.rows) for segments, _ in optimizer._segments.values() for segment in segments)
+    return sum(len(segment.offsets) for segments, _ in optimizer._segments.values() for segment in segments)
 
 
 def test_values_shapes_strides_and_gradients_stay():

@@ -179,7 +179,7 @@ def test_flattened_masters_have_the_bits_of_unflattened_ones(base, ema_dtype):
                 half(zero_grad=True)
         optimizers.append(optimizer)
     flattened, plain = optimizers
-    rows = [len(segment.rows) for segments, _ in flattened._segments.values() for segment in segments]
+    rows = [len(segment.offsets) for segments, _ in flattened._segments.values() for segment in segments]
     assert sum(rows) < len(list(model.parameters()))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert identical(p, q)

@@ -53,10 +53,10 @@ void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offse
                 bool adaptive, bool ema_updated, const Tensor& partials, const Tensor& stats) {
   double* written = data_of<double>(stats, "stats", kStatistics, {true, 0});
   double total[kStatistics] = {};
-  dispatch_storage(params, [&](auto storage) {
+  const Arguments args = arguments(params, &grads, offsets, true);
+  dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const Arguments args = arguments(params, &grads, offsets, true);
     const Average average = average_of<S>(ema, ema_scale, args);
     S* slots = data_of<S>(partials, "partials", args.table.chunks * kStatistics, args.place);
     const auto scalars = ascent_scalars<S>(inverse_scale(grad_scale), sigma, lmbda, 0.0, adaptive, ema_updated);
@@ -77,10 +77,10 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
              const OptionalTensor& ema_scale, const Tensor& backup, const Tensor& stats,
              const OptionalTensor& grad_scale, double rho, const OptionalTensor& rho_tensor, double sigma, double lmbda,
              double eps, bool adaptive, bool ema_updated, bool feeds, int64_t forward, const OptionalTensor& effect) {
-  dispatch_storage(params, [&](auto storage) {
+  const Arguments args = arguments(params, &grads, offsets, true);
+  dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const Arguments args = arguments(params, &grads, offsets, true);
     const Average average = average_of<S>(ema, ema_scale, args);
     const Saved<T> saved = saved_weights<T>(backup, args);
     const Forward seen = forward_of<T>(forward);
@@ -118,10 +118,10 @@ bool update_is_skipped(const OptionalTensor& stats, const OptionalTensor& found_
 void update_ema(const Tensors& params, const Tensors& grads, const Tensor& offsets, const Tensor& ema,
                 const OptionalTensor& ema_scale, const OptionalTensor& stats, const OptionalTensor& grad_scale,
                 const OptionalTensor& found_inf, double lmbda) {
-  dispatch_storage(params, [&](auto storage) {
+  const Arguments args = arguments(params, &grads, offsets, true);
+  dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const Arguments args = arguments(params, &grads, offsets, true);
     const Average average = average_of<S>(ema, ema_scale, args);
     const auto scalars = ascent_scalars<S>(inverse_scale(grad_scale), 0.0, lmbda, 0.0, false, false);
     const auto leaf = isa_loops().of<T>().update_ema;
@@ -142,9 +142,9 @@ void restore_part(const Row& row, const Saved<T>& saved, int64_t begin, int64_t 
 }
 
 void restore(const Tensors& params, const Tensor& offsets, const Tensor& backup) {
-  dispatch_storage(params, [&](auto storage) {
+  const Arguments args = arguments(params, nullptr, offsets, true);
+  dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
-    const Arguments args = arguments(params, nullptr, offsets, true);
     const Saved<T> saved = saved_weights<T>(backup, args);
     parallel_rows(args.table,
                   [&](const Row& row, int64_t begin, int64_t end) { restore_part(row, saved, begin, end); });
@@ -176,10 +176,10 @@ void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offs
                  const OptionalTensor& momentum_buffer, const OptionalTensor& stats, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double momentum,
                  double dampening, double weight_decay, bool nesterov, bool maximize, const OptionalTensor& rounding) {
-  dispatch_storage(params, [&](auto storage) {
+  const Arguments args = arguments(params, &grads, offsets, true);
+  dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const Arguments args = arguments(params, &grads, offsets, true);
     const Saved<T> saved = saved_weights<T>(backup, args);
     S* buffer = flat_data<S>(momentum_buffer, "momentum_buffer", args);
     const Rounding how = rounding_of(rounding, args);
@@ -199,14 +199,14 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
                   const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
                   const OptionalTensor& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
                   bool decoupled, bool maximize, const OptionalTensor& rounding) {
-  dispatch_storage(params, [&](auto storage) {
+  const Arguments args = arguments(params, &grads, offsets, true);
+  dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const Arguments args = arguments(params, &grads, offsets, true);
     const Saved<T> saved = saved_weights<T>(backup, args);
     S* first = flat_data<S>(exp_avg, "exp_avg", args);
     S* second = flat_data<S>(exp_avg_sq, "exp_avg_sq", args);
-    const float* step = data_of<float>(steps, "steps", int64_t(params.size()), args.place);
+    const float* step = data_of<float>(steps, "steps", int64_t(args.table.rows.size()), args.place);
     const Rounding how = rounding_of(rounding, args);
     const double rate = value_or(lr_tensor, "lr_tensor", lr);
     const auto scalars =

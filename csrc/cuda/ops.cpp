@@ -78,15 +78,16 @@ Arguments checked_arguments(const Tensors& params, const Tensors* grads, const T
 void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
                 const OptionalTensor& ema_scale, const OptionalTensor& grad_scale, double sigma, double lmbda,
                 bool adaptive, bool ema_updated, const Tensor& partials, const Tensor& stats) {
-  const int32_t device = params.empty() ? stats.get_device_index() : params[0].get_device_index();
+  const Arguments args = checked_arguments(params, &grads, offsets);
+  const bool empty = args.table.rows.empty();
+  const int32_t device = empty ? stats.get_device_index() : args.place.index;
   double* total = data_of<double>(stats, "stats", kStatistics, {kOnCpu, device});
-  if (params.empty()) {
+  if (empty) {
     on_device(device, [&](cudaStream_t stream) { return launch_noise_norm<float>({}, false, {}, total, stream); });
   }
-  dispatch_storage(params, [&](auto storage) {
+  dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const Arguments args = checked_arguments(params, &grads, offsets);
     const int64_t chunks = args.table.chunks;
     const NoiseNormArguments<S> values{average_of<S>(ema, ema_scale, args),
                                        number(grad_scale, "grad_scale", 1.0, args.place),
@@ -104,10 +105,10 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
              const OptionalTensor& ema_scale, const Tensor& backup, const Tensor& stats,
              const OptionalTensor& grad_scale, double rho, const OptionalTensor& rho_tensor, double sigma, double lmbda,
              double eps, bool adaptive, bool ema_updated, bool feeds, int64_t forward, const OptionalTensor& effect) {
-  dispatch_storage(params, [&](auto storage) {
+  const Arguments args = checked_arguments(params, &grads, offsets);
+  dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const Arguments args = checked_arguments(params, &grads, offsets);
     const Saved<T> saved = saved_weights<T>(backup, args);
     const PerturbArguments<T> values{average_of<S>(ema, ema_scale, args),
                                      saved.backup,
@@ -130,9 +131,9 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
 void update_ema(const Tensors& params, const Tensors& grads, const Tensor& offsets, const Tensor& ema,
                 const OptionalTensor& ema_scale, const OptionalTensor& stats, const OptionalTensor& grad_scale,
                 const OptionalTensor& found_inf, double lmbda) {
-  dispatch_storage(params, [&](auto storage) {
+  const Arguments args = checked_arguments(params, &grads, offsets);
+  dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
-    const Arguments args = checked_arguments(params, &grads, offsets);
     const UpdateEmaArguments values{
         average_of<compute_t<T>>(ema, ema_scale, args), data_of<double>(stats, "stats", kStatistics, args.place),
         number(grad_scale, "grad_scale", 1.0, args.place), number(found_inf, "found_inf", 0.0, args.place), lmbda};
@@ -141,9 +142,9 @@ void update_ema(const Tensors& params, const Tensors& grads, const Tensor& offse
 }
 
 void restore(const Tensors& params, const Tensor& offsets, const Tensor& backup) {
-  dispatch_storage(params, [&](auto storage) {
+  const Arguments args = checked_arguments(params, nullptr, offsets);
+  dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
-    const Arguments args = checked_arguments(params, nullptr, offsets);
     const Saved<T> saved = saved_weights<T>(backup, args);
     const RestoreArguments<T> values{saved.backup, saved.master};
     on_device(args.place.index, [&](cudaStream_t stream) { return launch_restore<T>(args.table, values, stream); });
@@ -169,10 +170,10 @@ void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offs
                  const OptionalTensor& momentum_buffer, const OptionalTensor& stats, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double momentum,
                  double dampening, double weight_decay, bool nesterov, bool maximize, const OptionalTensor& rounding) {
-  dispatch_storage(params, [&](auto storage) {
+  const Arguments args = checked_arguments(params, &grads, offsets);
+  dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const Arguments args = checked_arguments(params, &grads, offsets);
     const SgdArguments<T> values{
         update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor, rounding),
         flat_data<S>(momentum_buffer, "momentum_buffer", args),
@@ -190,15 +191,15 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
                   const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
                   const OptionalTensor& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
                   bool decoupled, bool maximize, const OptionalTensor& rounding) {
-  dispatch_storage(params, [&](auto storage) {
+  const Arguments args = checked_arguments(params, &grads, offsets);
+  dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const Arguments args = checked_arguments(params, &grads, offsets);
     const AdamArguments<T> values{
         update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor, rounding),
         flat_data<S>(exp_avg, "exp_avg", args),
         flat_data<S>(exp_avg_sq, "exp_avg_sq", args),
-        data_of<float>(steps, "steps", int64_t(params.size()), args.place),
+        data_of<float>(steps, "steps", int64_t(args.table.rows.size()), args.place),
         beta1,
         beta2,
         eps,

@@ -28,7 +28,8 @@ OLDEST_CAPABILITY = (7, 5)
 def _dispatcher(namespace: str) -> SimpleNamespace:
     """The ops of a torch library, as overloads: an attribute less to resolve in each call."""
     packets = getattr(torch.ops, namespace)
-    return SimpleNamespace(**{name: getattr(packets, name).default for name in ops.NAMES})
+    calls = {name: getattr(packets, name).default for name in ops.NAMES}
+    return SimpleNamespace(**calls, takes_held=namespace == "fsam_ext")
 
 
 def _compiled(device_type: str, reason: str | None, misfit: Callable[[torch.device], str | None] = lambda _: None):

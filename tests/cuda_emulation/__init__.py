@@ -55,7 +55,7 @@ def _build(output: str, sources: list[str], link: str, sanitize: bool) -> Path:
 def build(sanitize: bool = False) -> Path:
     """Builds the emulated CUDA library and returns its path; with ``sanitize``, for AddressSanitizer and alignment."""
     sources = ["csrc/schema.cpp", *_setup().cuda_sources()]
-    link = "-shared -L{torch} -Wl,--no-as-needed -ltorch_cpu"
+    link = "-shared -L{torch} -Wl,--no-as-needed -ltorch_cpu -lc10"
     return _build("fsam_ext_emulated.so", sources, link, sanitize)
 
 
@@ -77,4 +77,4 @@ def load() -> SimpleNamespace:
     torch.ops.load_library(os.environ.get("FSAM_EMULATED_LIBRARY") or build())
     ops.register_fakes(NAMESPACE)
     packets = getattr(torch.ops, NAMESPACE)
-    return SimpleNamespace(**{name: getattr(packets, name).default for name in ops.NAMES})
+    return SimpleNamespace(**{name: getattr(packets, name).default for name in ops.NAMES}, takes_held=True)

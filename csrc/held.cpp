@@ -1,0 +1,142 @@
+// The ops around held parameters: NOTE [held parameters] in held.h.
+
+#include "held.h"
+
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+#include "library.h"
+
+namespace fsam {
+namespace {
+
+using torch::stable::Tensor;
+
+// Null for tensors without elements, and for those without memory of their own: sparse ones.
+const void* address_of(AtenTensorHandle tensor) {
+  int32_t layout;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor, &layout));
+  return layout == aoti_torch_layout_strided() ? ListedTensor(tensor).data_ptr() : nullptr;
+}
+
+// Where a parameter and its gradient lie.
+struct Place {
+  const void* param;
+  const void* grad = nullptr;
+  bool has_grad = false;
+
+  explicit Place(AtenTensorHandle tensor) : param(address_of(tensor)) {
+    if (const AtenTensorHandle handle = grad_of(tensor)) {
+      grad = address_of(handle);
+      has_grad = true;
+    }
+  }
+  bool operator==(const Place&) const = default;
+};
+
+class Held {
+ public:
+  explicit Held(TensorList&& params) : params_(std::move(params)) {
+    places_.reserve(params_.size());
+    for (size_t i = 0; i < params_.size(); ++i) places_.emplace_back(params_[i].get());
+    view_ = {params_.data(), int64_t(params_.size())};
+  }
+  Held(const Held&) = delete;
+
+  bool have_grads() const {
+    for (size_t i = 0; i < params_.size(); ++i) {
+      if (i + kFetchedAhead < params_.size()) fetch_links(params_[i + kFetchedAhead].get());
+      if (!grad_of(params_[i].get())) return false;
+    }
+    return true;
+  }
+
+  bool in_place() const {
+    for (size_t i = 0; i < params_.size(); ++i) {
+      fetch_ahead(params_.data(), params_.size(), i);
+      const Place now(params_[i].get());
+      if (now != places_[i] || !now.has_grad) return false;
+    }
+    return true;
+  }
+
+  void written() const {
+    for (size_t i = 0; i < params_.size(); ++i) {
+      if (i + kFetchedAhead < params_.size()) fetch_links(params_[i + kFetchedAhead].get());
+      fsam_bump_version(params_[i].get());
+    }
+  }
+
+  const HeldParameters* view() const { return &view_; }
+
+ private:
+  TensorList params_;
+  std::vector<Place> places_;
+  HeldParameters view_;
+};
+
+// By the address of the offsets. Never destroyed: what is left when the process ends belongs to an interpreter that has
+// ended already.
+std::mutex mutex;
+auto& held_by_offsets = *new std::unordered_map<const void*, std::shared_ptr<const Held>>;
+
+std::shared_ptr<const Held> find(const Tensor& offsets) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = held_by_offsets.find(offsets.data_ptr());
+  return found == held_by_offsets.end() ? nullptr : found->second;
+}
+
+std::shared_ptr<const Held> held_under(const Tensor& offsets) {
+  auto held = find(offsets);
+  STD_TORCH_CHECK(held, "fsam_ext: no parameters are held under these offsets; hold() them first");
+  return held;
+}
+
+bool can_hold() {
+  return &fsam_grad_of != nullptr && &fsam_bump_version != nullptr;
+}
+
+void hold(TensorList& params, const Tensor& offsets) {
+  STD_TORCH_CHECK(can_hold(), "fsam_ext: this torch gives no access to gradients from C++; give the ops lists");
+  auto held = std::make_shared<const Held>(std::move(params));
+  const std::lock_guard<std::mutex> lock(mutex);
+  STD_TORCH_CHECK(held_by_offsets.emplace(offsets.data_ptr(), std::move(held)).second,
+                  "fsam_ext: parameters are held under these offsets already; release them first");
+}
+
+void release(int64_t address) {
+  std::shared_ptr<const Held> held;  // goes only after the lock has: its end may run Python
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = held_by_offsets.find(reinterpret_cast<const void*>(address));
+  if (found == held_by_offsets.end()) return;
+  held = std::move(found->second);
+  held_by_offsets.erase(found);
+}
+
+bool have_grads(const Tensor& offsets) {
+  return held_under(offsets)->have_grads();
+}
+bool in_place(const Tensor& offsets) {
+  return held_under(offsets)->in_place();
+}
+void written(const Tensor& offsets) {
+  held_under(offsets)->written();
+}
+int64_t held_parameters(const Tensor& offsets) {
+  const auto held = find(offsets);
+  return held ? reinterpret_cast<int64_t>(held->view()) : 0;
+}
+
+}  // namespace
+}  // namespace fsam
+
+FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("can_hold", TORCH_BOX(&fsam::can_hold));
+  m.impl("hold", TORCH_BOX(&fsam::hold));
+  m.impl("release", TORCH_BOX(&fsam::release));
+  m.impl("have_grads", TORCH_BOX(&fsam::have_grads));
+  m.impl("in_place", TORCH_BOX(&fsam::in_place));
+  m.impl("written", TORCH_BOX(&fsam::written));
+  m.impl("held_parameters", TORCH_BOX(&fsam::held_parameters));
+}

@@ -1,0 +1,51 @@
+// Parameters that C++ holds on to between calls, so that a step need not bring their lists from Python.
+//
+// NOTE [held parameters]
+// With many small tensors a step's time is their way from Python: a third of a microsecond for each tensor and list of
+// each op call, and as much again for each look whether a gradient is still where it was. So an optimizer's segment may
+// `hold` its parameters once. The ops then take empty lists and the segment's `offsets`, under which the parameters are
+// held; the gradients are those that the parameters have at the time of the call. Nothing is trusted to have stayed as
+// it was: shapes, dtypes and addresses are read anew in every call, as they are from lists.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "tensor_list.h"
+
+namespace fsam {
+
+// NOTE [symbols outside the stable ABI]
+// The stable ABI knows no .grad and no version counter. These two functions of libtorch are declared by their names in
+// the binary instead, weakly: a torch that lacks them loads this library all the same, and then nothing is held. A name
+// does not tell a function's result, so fsam_ext/held.py allows only those releases of torch whose headers were read.
+extern "C" {
+// const at::Tensor& c10::TensorImpl::grad() const; the tensor is undefined where there is no gradient.
+[[gnu::weak, gnu::visibility("default")]] AtenTensorHandle fsam_grad_of(const void* impl) __asm__(
+    "_ZNK3c1010TensorImpl4gradEv");
+// void torch::autograd::impl::bump_version(const at::Tensor&).
+[[gnu::weak, gnu::visibility("default")]] void fsam_bump_version(AtenTensorHandle tensor) __asm__(
+    "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE");
+}
+
+// The gradient of a tensor, or null where it has none.
+inline AtenTensorHandle grad_of(AtenTensorHandle tensor) {
+  const AtenTensorHandle grad = fsam_grad_of(object_of(tensor));
+  bool defined;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(grad, &defined));
+  return defined ? grad : nullptr;
+}
+
+// Fetches what a look at a parameter and its gradient needs some turns after params[i]:
+// NOTE [tensors are fetched ahead].
+inline void fetch_ahead(const AtenTensorHandle* params, size_t size, size_t i) {
+  if (i + 2 * kFetchedAhead < size) fetch(params[i + 2 * kFetchedAhead]);
+  if (i + kFetchedAhead < size) fetch(fsam_grad_of(object_of(params[i + kFetchedAhead])));
+}
+
+// What the library that holds parameters tells the others of them: plain data, because they may be compiled apart.
+struct HeldParameters {
+  const AtenTensorHandle* params;
+  int64_t size;
+};
+
+}  // namespace fsam

@@ -1,0 +1,246 @@
+"""Parameters that C++ holds on to: the same numbers as from lists, and nothing that changed goes unnoticed."""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from fsam_ext import FriendlySAM, backends, flatten_parameters, held
+
+from .conformance import BACKENDS, identical
+from .test_optimizer import BASES, backward, batches, network, one_step
+
+OPS = torch.ops.fsam_ext
+LOOKS = {"held": held.look_at, "listed": lambda params, key: held.Listed(params)}
+
+
+def key(count: int = 1) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.int64)
+
+
+def parameters(with_grads: bool = True) -> list[Parameter]:
+    params = [Parameter(torch.randn(shape)) for shape in ((3, 5), (), (0,), (7,))]
+    for param in params:
+        param.grad = torch.randn(param.shape) if with_grads else None
+    return params
+
+
+@pytest.mark.parametrize("look", LOOKS)
+class TestLook:
+    def test_have_grads(self, look):
+        params = parameters(with_grads=False)
+        looked = LOOKS[look](params, key())
+        assert not looked.have_grads() and not looked.in_place()
+        for param in params:
+            assert not looked.have_grads()
+            param.grad = torch.zeros_like(param)
+        assert looked.have_grads()
+        params[2].grad = None
+        assert not looked.have_grads()
+
+    @pytest.mark.parametrize("index", (0, 1, 3))
+    def test_what_moves_is_noticed(self, look, index):
+        params = parameters()
+        looked = LOOKS[look](params, key())
+        param, grad, data = params[index], params[index].grad, params[index].data
+        assert looked.in_place()
+        grad.mul_(2), param.data.mul_(2)
+        assert looked.in_place()
+        for other in (grad.clone(), None):
+            param.grad = other
+            assert not looked.in_place()
+            param.grad = grad
+            assert looked.in_place()
+        at = grad.detach()
+        param.grad.data = grad.clone()
+        assert not looked.in_place()
+        param.grad.data = at
+        assert looked.in_place()
+        param.data = data.clone()
+        assert not looked.in_place()
+        param.data = data
+        assert looked.in_place()
+        with torch.no_grad():
+            param.set_(data.clone())
+        assert not looked.in_place()
+
+    def test_a_sparse_gradient_is_in_no_place(self, look):
+        params = parameters()
+        looked = LOOKS[look](params, key())
+        params[0].grad = params[0].grad.to_sparse()
+        assert looked.have_grads() and not looked.in_place()
+
+    def test_written_tells_autograd(self, look):
+        params = parameters()
+        looked = LOOKS[look](params, key())
+        versions = [param._version for param in params]
+        loss = (params[0] ** 2).sum()
+        looked.written()
+        assert [param._version for param in params] == [version + 1 for version in versions]
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_cpp_holds_what_python_would_list(monkeypatch):
+    assert type(held.look_at(parameters(), key())) is held.Held
+
+    class Wrapped(torch.Tensor):
+        pass
+
+    with torch.inference_mode():
+        frozen = torch.ones(3)
+    for other in (Parameter(torch.ones(2).as_subclass(Wrapped)), frozen):
+        assert type(held.look_at([*parameters(), other], key())) is held.Listed
+    monkeypatch.setattr(torch, "__version__", "2.99.1+cpu")
+    assert "2.99.1+cpu is newer than 2.14" in held.unavailable()
+
+
+def test_the_headers_of_this_torch_say_what_the_names_promise():
+    """csrc/held.h, NOTE [symbols outside the stable ABI]. Where this passes, NEWEST_TORCH may be this torch."""
+    include = Path(torch.__file__).parent / "include"
+    tensor_impl = (include / "c10/core/TensorImpl.h").read_text()
+    assert re.search(r"^  const at::Tensor& grad\(\) const;", tensor_impl, re.MULTILINE)
+    variable = (include / "torch/csrc/autograd/variable.h").read_text()
+    assert re.search(r"TORCH_API void bump_version\(const Variable&", variable)
+    assert re.search(r"^using Variable = at::Tensor;", variable, re.MULTILINE)
+    assert held.unavailable() is None
+
+
+# ---- The ops -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ("cpu", "cuda_emulated"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("base", ("sgd_momentum", "adamw", "rmsprop"))
+def test_training_has_the_same_bits_as_from_lists(backend, dtype, base, monkeypatch):
+    serving = BACKENDS[backend]()
+    monkeypatch.setitem(backends.CANDIDATES, "cpu", lambda device: (serving, None))
+    models = [network().to(dtype) for _ in range(2)]
+    base, kwargs = BASES[base]
+    optimizers = [FriendlySAM(model.parameters(), base, rho=0.2, **kwargs) for model in models]
+    kinds = []
+    for step, batch in enumerate(batches(6)):
+        batch = [part.to(dtype) if part.is_floating_point() else part for part in batch]
+        for model, optimizer, reason in zip(models, optimizers, (None, "a test wants lists"), strict=True):
+            monkeypatch.setattr(held, "_REASON", reason)
+            for half in (optimizer.first_step, optimizer.second_step):
+                optimizer.zero_grad()
+                backward(model, batch)
+                if step == 2:  # parameters come and go
+                    model[4].weight.grad = None
+                if step == 3:  # a gradient in another order of the dimensions
+                    grad = model[4].weight.grad
+                    model[4].weight.grad = grad.t().contiguous().t()
+                half()
+            kinds.append({type(one._look) for one in optimizer._segments[0][0]})
+    assert kinds[0] == {held.Held} and kinds[1] == {held.Listed}
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert identical(one, other)
+        for name, value in optimizers[0].state[one].items():
+            assert identical(torch.as_tensor(value), torch.as_tensor(optimizers[1].state[other][name]))
+
+
+def test_gradients_are_those_of_the_moment():
+    """Between two looks anything may replace them: clipping out of place, a scaler, set_to_none."""
+    w = Parameter(torch.zeros(2))
+    optimizer = FriendlySAM([w], lr=1.0, rho=1.0)
+    for value in (1.0, -2.0, 3.0):
+        w.grad = torch.full_like(w, value)
+        before = w.detach().clone()
+        optimizer.first_step()
+        w.grad = torch.full_like(w, 10 * value)
+        optimizer.second_step()
+        assert identical(w.detach(), before - 10 * value)
+
+
+def test_a_bad_gradient_is_named_and_nothing_changes():
+    model = network()
+    optimizer = FriendlySAM(model.named_parameters(), lr=0.1, momentum=0.9)
+    for batch in batches(2):
+        one_step(model, optimizer, batch, "two_steps")
+    backward(model, next(batches(1)))
+    before = [param.detach().clone() for param in model.parameters()]
+    model[4].weight.grad = model[4].weight.grad.to_sparse()
+    with pytest.raises((RuntimeError, TypeError), match=r"4\.weight.*sparse"):
+        optimizer.first_step()
+    assert all(map(identical, before, model.parameters()))
+
+
+def test_ops_say_what_is_missing():
+    offsets = key(3) + 7
+    backup = torch.zeros(16)
+    with pytest.raises(RuntimeError, match="one entry for each of the 0 parameters"):
+        OPS.restore([], offsets, backup)
+    with pytest.raises(RuntimeError, match="no parameters are held under these offsets"):
+        OPS.in_place(offsets)
+    params = [Parameter(torch.randn(2)) for _ in range(3)]
+    look = held.look_at(params, offsets)
+    with pytest.raises(RuntimeError, match="held under these offsets already"):
+        held.look_at(params, offsets)
+    with torch.no_grad():
+        OPS.restore([], offsets, backup)
+    assert all(identical(param.detach(), torch.zeros(2)) for param in params)
+    with pytest.raises(RuntimeError, match=r"grads\[0\] is missing"):
+        OPS.update_ema([], [], offsets, torch.zeros(16), None, None, None, None, 0.9)
+    del look
+    with pytest.raises(RuntimeError, match="no parameters are held"):
+        OPS.written(offsets)
+
+
+def test_what_is_held_is_let_go():
+    params = parameters()
+    looked = held.look_at(params, key())
+    kept = [weakref.ref(param) for param in params]
+    del params
+    gc.collect()
+    assert all(param() is not None for param in kept)
+    del looked
+    gc.collect()
+    assert not any(param() is not None for param in kept)
+
+
+def test_a_process_ends_while_parameters_are_held():
+    program = """
+import torch, fsam_ext
+model = torch.nn.Linear(3, 2)
+optimizer = fsam_ext.FriendlySAM(model.parameters(), lr=0.1)
+for half in (optimizer.first_step, optimizer.second_step):
+    optimizer.zero_grad()
+    model(torch.ones(1, 3)).sum().backward()
+    half()
+torch.kept = optimizer  # outlives the interpreter's own cleaning up
+print("trained")
+"""
+    done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "trained\n", "")
+
+
+# ---- Flat gradients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", (0, 2))
+def test_one_optimizer_does_not_clear_anothers_gradients(steps):
+    model = network()
+    flatten_parameters(model, grads=True)
+    params = list(model.parameters())
+    optimizers = [FriendlySAM(part, lr=0.1) for part in (params[:3], params[3:])]
+    for batch in batches(steps):
+        for half in ("first_step", "second_step"):
+            model.zero_grad(set_to_none=False)
+            backward(model, batch)
+            for optimizer in optimizers:
+                getattr(optimizer, half)()
+    backward(model, next(batches(1)))
+    others = [param.grad.clone() for param in params[3:]]
+    assert any(grad.abs().sum() > 0 for grad in others)
+    optimizers[0].zero_grad()
+    assert all(param.grad.abs().sum() == 0 for param in params[:3])
+    assert all(identical(param.grad, grad) for param, grad in zip(params[3:], others, strict=True))
