@@ -1,9 +1,9 @@
 """Builds the two libraries of fsam_ext with ninja; docs/building.md explains the choices.
 
 `fsam_ext/_C.abi3.so` (schema and CPU kernels) always builds; `fsam_ext/_C_cuda.abi3.so` builds
-where nvcc is found. Both use LibTorch's stable ABI only and no Python.h: they are loaded with
+where nvcc is found. Both need LibTorch's stable ABI only and no Python.h: they are loaded with
 `torch.ops.load_library`, so one binary serves every CPython and every torch from 2.10 on. torch is
-located but never imported: only its headers and one shared library are needed.
+located but never imported: only its headers and two shared libraries are needed.
 """
 
 import filecmp

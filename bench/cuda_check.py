@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -230,20 +231,21 @@ def print_host_times() -> None:
     """The host's share of each op on this machine, for numbers of tensors: the call, its checks and its tables.
 
     It is measured in the emulated library (tests/cuda_emulation) with launches that do nothing, in processor time:
-    other jobs on the machine hardly change that. The tensors are what an optimizer has: parameters with an owner in C++
-    (fsam_ext/segments.py), their gradients, and no_grad.
+    other jobs on the machine hardly change that. The tensors are what an optimizer has: parameters that C++ holds,
+    or lists of such with an owner in C++ (fsam_ext/segments.py), their gradients, and no_grad.
     """
     sys.path.insert(0, str(ROOT))
     import torch
 
     from bench import measure
+    from fsam_ext import held, ops
     from tests import cuda_emulation
     from tests.cuda_problem import Problem
 
     os.environ["FSAM_EMULATION_LAUNCH"] = "0"
     backend = cuda_emulation.load()
-    print(f"{'tensors':>8} " + " ".join(f"{op:>12}" for op in ("noise_norm", "perturb", "restore_sgd", "restore_adam")))
-    for count in (1, 100, 150, 1000, 10000):
+    print(f"{'tensors':>15} " + " ".join(f"{op:>12}" for op in ops.NAMES if op not in ("update_ema", "restore")))
+    for count, how in itertools.product((1, 100, 150, 1000, 10000), ("listed", "held")):
         problem = Problem(torch.float32, [64] * count)
         problem.params = [torch.nn.Parameter(param) for param in problem.params]
         for param, grad in zip(problem.params, problem.grads):
@@ -251,6 +253,9 @@ def print_host_times() -> None:
         problem.grads = [param.grad for param in problem.params]
         with torch.no_grad():
             owners = [param.view_as(param) for param in problem.params]
+        if how == "held":
+            params, look = problem.params, held.look_at(problem.params, problem.offsets)
+            problem.params, problem.grads = [], []
         calls = {
             "noise_norm": lambda problem=problem: problem.noise_norm(backend),
             "perturb": lambda problem=problem: problem.perturb(backend),
@@ -262,7 +267,9 @@ def print_host_times() -> None:
             rounds = measure.alternate(candidates, 3.0, max_rounds=1000)
         del owners
         found = [measure.quantiles(measure.values(rounds, name, "step")).median * 1e6 for name in calls]
-        print(f"{count:8} " + " ".join(f"{time:9.1f} us" for time in found))
+        if how == "held":
+            del params, look
+        print(f"{count:8} {how:>6} " + " ".join(f"{time:9.1f} us" for time in found))
 
 
 # NOTE [the model]
