@@ -25,6 +25,11 @@ from .options import FORMAT, LOW_PRECISION, STEP, check_gradient, check_options,
 from .schedule import Boundary, Schedule
 from .segments import Guards, Segment, same_objects
 
+# NOTE [steps are not compiled]
+# A step is op calls that are fused already, around state that a graph cannot hold. torch.compile of a training step
+# breaks its graph at the methods that torch._disable_dynamo marks, as at those of torch's own Optimizer; it compiles a
+# model that a closure calls as ever.
+
 
 class State(Enum):
     """Where a training step stands.
@@ -357,6 +362,7 @@ class FriendlySAM(Optimizer):
         """Whether the present step makes an ascent, or is a plain step of the base optimizer."""
         return self.schedule.ascends(self.param_groups[0][STEP])
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False, grad_scaler: Any = None) -> None:
         """Perturbs the weights along the noise of the present gradients, and updates the average.
@@ -499,6 +505,7 @@ class FriendlySAM(Optimizer):
             total = sum((self._totals[d].to(first) for d in others), self._totals[first])
             self._totals = {device: total.to(device) for device in self._totals}
 
+    @torch._disable_dynamo
     def second_step(self, zero_grad: bool = False) -> None:
         """Restores the weights and lets the base optimizer update them with the present gradients.
 
@@ -514,6 +521,7 @@ class FriendlySAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[..., Any] | None = None, *, accumulate: Iterable[Any] | None = None) -> Any:
         """Makes or finishes one training step.
@@ -703,12 +711,14 @@ class FriendlySAM(Optimizer):
             self._totals[device] = known.to(device)
         return self._totals[device]
 
+    @torch._disable_dynamo
     def _restore_recorded(self) -> None:
         for segment in self._record:
             ops.restore(segment.backend, segment.rows, segment.offsets, segment.flat.buffers[segment.flat.saved])
             segment.written()
         self._record = []
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def restore(self) -> None:
         """Undoes an ascent: the weights are what they were before it, bit for bit.
@@ -744,6 +754,7 @@ class FriendlySAM(Optimizer):
                 self._restore_recorded()
             self._stage = State.ASCENDED
 
+    @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears all gradients; those that ``flatten_parameters`` laid out are zeroed in place, run by run."""
         self._backward_count.cleared()
