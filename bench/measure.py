@@ -7,8 +7,11 @@ the median over the rounds of the ratio within one round, never a ratio of two m
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -79,6 +82,18 @@ class DeviceClock:
         self._stop.record()
         self._stop.synchronize()
         return self._start.elapsed_time(self._stop) * 1e-3
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Within the block ``count`` other processes each want a core for themselves."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def clock_for(device: torch.device) -> HostClock | DeviceClock:

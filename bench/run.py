@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch loads: the profiler talks into the progress bar
@@ -28,6 +28,7 @@ from measure import (
     Sample,
     Triad,
     alternate,
+    busy_processes,
     clock_for,
     count_calls,
     count_launches,
@@ -423,6 +424,13 @@ def _not_run(case: Case, name: str, why: str, device: torch.device) -> Row:
     )
 
 
+def beside_others(rows: list[Row], busy: int) -> list[Row]:
+    """What was timed beside busy processes, as figures of their own."""
+    if not busy:
+        return rows
+    return [replace(row, metric=f"{row.metric}, {busy} busy") for row in rows if row.unit in TIMED]
+
+
 def no_gpu_row() -> Row:
     """Says that nothing is known about GPUs, where there is none."""
     return Row(
@@ -462,6 +470,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="of one thread, instead of wall-clock time: for a machine that other jobs use too",
     )
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="measure beside N processes that never wait")
     parser.add_argument("--out", type=Path, help="the CSV file (bench/results/<machine>.csv)")
     parser.add_argument("--no-plots", action="store_true", help="write rows only")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
@@ -526,14 +535,14 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * (args.minutes or (55 if args.full else 9.2))
     new = [] if device.type == "cuda" else [no_gpu_row()]
     try:
-        with tqdm(cases, unit="case", dynamic_ncols=True) as bar:
+        with busy_processes(args.busy), tqdm(cases, unit="case", dynamic_ncols=True) as bar:
             for case in bar:
                 if time.monotonic() > deadline:
                     new.append(_not_run(case, "all", "the time was used up; see --minutes", device))
                     continue
                 torch._dynamo.reset()
                 measure = measure_training if isinstance(case.work, Training) else measure_steps
-                new += measure(case, device, available, bar.set_description)
+                new += beside_others(measure(case, device, available, bar.set_description), args.busy)
                 write(out, merge(old, new))
     finally:
         shutil.rmtree(caches, ignore_errors=True)

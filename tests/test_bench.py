@@ -268,6 +268,20 @@ def test_a_run_writes_rows_for_each_provider_and_says_what_it_did_not_run(bench,
         assert [row.note for row in found if row.device == "cuda"] == ["not run: this machine has no GPU"]
 
 
+def test_figures_beside_busy_processes_are_figures_of_their_own(bench, tmp_path):
+    run, rows = bench("run"), bench("rows")
+    out = tmp_path / "rows.csv"
+    argv = ["--workloads", "scale_1e03", "--providers", "official", "--seconds", "0", "--no-plots", "--out", str(out)]
+    assert run.main(argv) == 0
+    alone = [row for row in rows.read(out) if row.provider != "all"]
+    assert run.main([*argv, "--busy", "1"]) == 0
+    both = rows.read(out)
+    assert all(row in both for row in alone)
+    fresh = [row for row in both if row.provider != "all" and row not in alone]
+    assert {row.provider for row in fresh} == {"official", "fsam_ext", "triad"}
+    assert all(row.metric.endswith(", 1 busy") and row.unit in run.TIMED for row in fresh)
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones(bench, tmp_path):
     run = bench("run")
     with pytest.raises(SystemExit, match="gpt3.*gpt2"):
