@@ -99,10 +99,11 @@ bool can_hold() {
 
 void hold(TensorList& params, const Tensor& offsets) {
   STD_TORCH_CHECK(can_hold(), "fsam_ext: this torch gives no access to gradients from C++; give the ops lists");
-  auto held = std::make_shared<const Held>(std::move(params));
+  auto held = std::make_shared<const Held>(std::move(params));  // before the lock, as in release
   const std::lock_guard<std::mutex> lock(mutex);
-  STD_TORCH_CHECK(held_by_offsets.emplace(offsets.data_ptr(), std::move(held)).second,
+  STD_TORCH_CHECK(held_by_offsets.count(offsets.data_ptr()) == 0,
                   "fsam_ext: parameters are held under these offsets already; release them first");
+  held_by_offsets.emplace(offsets.data_ptr(), std::move(held));
 }
 
 void release(int64_t address) {
