@@ -260,10 +260,8 @@ def plan_cpu(ninja: NinjaFile, torch: Torch, compiler: str, sanitize: bool) -> s
     # libc10 holds a copy of parts of the C++ library, without versions: the real one comes before it.
     user_link = os.environ.get("LDFLAGS", "").replace("$", "$$")
     ninja.rule("cxx", f"{compiler} {flags} $flags -MD -MF $out.d -c $in -o $out", depfile=True)
-    ninja.rule(
-        "link",
-        f"{compiler} -shared {user_link} {link} -o $out $in -L{quote(torch.lib)} -Wl,--no-as-needed -ltorch_cpu -lstdc++ -lc10",
-    )
+    libraries = f"-L{quote(torch.lib)} -Wl,--no-as-needed -ltorch_cpu -lstdc++ -lc10"
+    ninja.rule("link", f"{compiler} -shared {user_link} {link} -o $out $in {libraries}")
     leaf = "csrc/cpu/leaf_loops.cpp"
     available = " ".join(f"-DFSAM_HAVE_{isa.upper()}" for isa in ISA_FLAGS)
     objects = [
