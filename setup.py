@@ -43,6 +43,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-Wno-maybe-uninitialized -Wno-unknown-warning-option"
     )
 
+# libc10 holds a copy of parts of the C++ library, without versions: the real one comes before it.
+LIBRARIES = ("-ltorch_cpu", "-lstdc++", "-lc10")
 TARGET = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
 # Without errno and trap semantics sqrt and comparisons vectorise; neither flag changes a result.
 NUMERICS = "-ffp-contract=off -fno-math-errno -fno-trapping-math"
@@ -257,10 +259,9 @@ def plan_cpu(ninja: NinjaFile, torch: Torch, compiler: str, sanitize: bool) -> s
     )
     # A sanitized library finds its runtime when it is loaded; any other has to be complete here.
     link = SANITIZED if sanitize else "-Wl,-z,defs"
-    # libc10 holds a copy of parts of the C++ library, without versions: the real one comes before it.
     user_link = os.environ.get("LDFLAGS", "").replace("$", "$$")
     ninja.rule("cxx", f"{compiler} {flags} $flags -MD -MF $out.d -c $in -o $out", depfile=True)
-    libraries = f"-L{quote(torch.lib)} -Wl,--no-as-needed -ltorch_cpu -lstdc++ -lc10"
+    libraries = f"-L{quote(torch.lib)} -Wl,--no-as-needed {' '.join(LIBRARIES)}"
     ninja.rule("link", f"{compiler} -shared {user_link} {link} -o $out $in {libraries}")
     leaf = "csrc/cpu/leaf_loops.cpp"
     available = " ".join(f"-DFSAM_HAVE_{isa.upper()}" for isa in ISA_FLAGS)
@@ -296,7 +297,7 @@ def plan_cuda_library(ninja: NinjaFile, torch: Torch, compiler: str, nvcc: str) 
         "nvlink",
         # torch goes straight to the host linker: nvcc writes what it is told itself into the library.
         f"{base} -shared -cudart static -o $out $in "
-        f"-Xlinker=-L{quote(torch.lib)},-z,defs,--exclude-libs=ALL,--no-as-needed,-ltorch_cpu,-lstdc++,-lc10",
+        f"-Xlinker=-L{quote(torch.lib)},-z,defs,--exclude-libs=ALL,--no-as-needed,{','.join(LIBRARIES)}",
     )
     objects = [ninja.build(f"{source}.o", "nvcc", [source]) for source in cuda_sources()]
     return ninja.build("_C_cuda.abi3.so", "nvlink", objects)

@@ -36,16 +36,20 @@ UNPLOTTED = ("official", "base", "sam", "fsam_ext reference")
 
 
 class Figures:
-    """Rows that can be asked for one figure."""
+    """Rows that can be asked for one figure; ``shown`` are those that were."""
 
     def __init__(self, rows: list[Row], device: str) -> None:
         self.rows = [row for row in rows if row.device == device]
         self._found = {(r.provider, r.workload, r.dtype, r.base, r.metric): r for r in self.rows}
+        self.shown: list[Row] = []
 
     def get(self, provider: str, workload: str, metric: str, dtype: str = "fp32", base: str = "sgd") -> Row | None:
         """The row, or None where it was not measured."""
         row = self._found.get((provider, workload, dtype, base, metric))
-        return row if row is not None and row.median is not None else None
+        if row is None or row.median is None:
+            return None
+        self.shown.append(row)
+        return row
 
     def cases(self, metric: str) -> list[tuple[str, str, str]]:
         """(workload, dtype, base) for which our package has this metric, in the order of the workloads."""
@@ -77,13 +81,13 @@ def draw(path: Path) -> list[Path]:
     rows = read(path)
     written = []
     for device in dict.fromkeys(row.device for row in rows if row.median is not None):
-        figures = Figures(rows, device)
         for name, plot in (("speedup", speedup), ("bus", bus), ("growth", growth)):
+            figures = Figures(rows, device)
             figure = plot(figures, plt)
             if figure is None:
                 continue
-            figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))
-            figure.text(0.005, 0.005, _caption(figures), fontsize=6, color="#666666", va="bottom")
+            figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
+            figure.text(0.005, 0.005, _caption(figures), fontsize=6, color="#666666", va="bottom", wrap=True)
             target = path.with_name(f"{path.stem}-{device}-{name}.svg")
             figure.savefig(target, metadata={"Date": None})
             plt.close(figure)
@@ -92,8 +96,11 @@ def draw(path: Path) -> list[Path]:
 
 
 def _caption(figures: Figures) -> str:
-    row = max((r for r in figures.rows if r.median is not None), key=lambda r: r.date)
-    return f"{row.machine}, {row.threads} threads; {row.versions}; {row.commit or 'no commit'}, {row.date}"
+    shown = sorted(figures.shown, key=lambda row: row.date)
+    first, last = shown[0], shown[-1]
+    commits = ", ".join(dict.fromkeys(row.commit or "no commit" for row in shown))
+    dates = last.date if first.date == last.date else f"{first.date} to {last.date}"
+    return f"{last.machine}, {last.threads} threads; {last.versions}; {commits}, {dates}"
 
 
 def speedup(figures: Figures, plt):

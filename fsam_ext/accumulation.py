@@ -49,7 +49,7 @@ class BackwardCount:
     def ascended(self, param: Tensor) -> None:
         """The first pass is over; from now on the second one's backward passes count."""
         watched = self._param() is param
-        self._ascent = self._count if watched else None
+        self._ascent = self._count if watched else None  # None: it was not watched yet
         if not watched and param.is_leaf and param.requires_grad:
             self._watch(param)
         self._count = 0

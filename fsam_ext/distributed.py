@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Tells a parameter's name; called only for a message.
 Describe = Callable[[Tensor], str]
 
-_PLAIN = (nn.Parameter, Tensor)
+PLAIN = (nn.Parameter, Tensor)
 
 
 # ---- Shards ----------------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ class Sharding(NamedTuple):
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor. Does not import them: nobody has one who has not, and it takes half a second."""
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from .distributed import PLAIN
 
 # The last torch whose headers were read: csrc/held.h, NOTE [symbols outside the stable ABI].
 NEWEST_TORCH = (2, 14)
@@ -85,5 +86,5 @@ _REASON = unavailable()
 
 def look_at(params: Sequence[Tensor], key: Tensor) -> Held | Listed:
     """The fastest look at ``params`` that there is; ``key``: an int64 CPU tensor of the caller's own, not empty."""
-    plain = all(type(param) in (torch.nn.Parameter, Tensor) and not param.is_inference() for param in params)
+    plain = all(type(param) in PLAIN and not param.is_inference() for param in params)
     return Held(params, key) if _REASON is None and plain and key.numel() else Listed(params)

@@ -83,10 +83,7 @@ class Segment:
         self.offsets = torch.tensor([flat.offset[params[i]] for i in firsts], dtype=torch.int64)
         self.chunks = ops.count_chunks(row.numel() for row in self.rows)
         self._look = look_at(params, self.offsets)
-        self._rows_are_held = (
-            isinstance(self._look, Held) and self._flat_grads is None and getattr(backend, "takes_held", False)
-        )
-        if self._rows_are_held:
+        if isinstance(self._look, Held) and self._flat_grads is None and getattr(backend, "takes_held", False):
             self.rows = []
         with torch.no_grad():
             self._owners = [row.view_as(row) for row in self.rows]  # NOTE [rows have an owner in C++]
@@ -111,7 +108,7 @@ class Segment:
             return self._flat_grads if self._look.in_place() else None
         if self._registry_generation != REGISTRY.generation or not self._look.have_grads():
             return None
-        if self._rows_are_held:
+        if not self.rows:
             return []
         grads = current_grads(params)
         if self._sharded:

@@ -70,7 +70,8 @@ def test_needs_only_the_stable_shim_of_the_oldest_torch():
     symbols = subprocess.run(
         ["nm", "-D", "--undefined-only", LIBRARY], text=True, capture_output=True, check=True
     ).stdout
-    undefined = {line.split()[-1].partition("@")[0] for line in symbols.splitlines() if line.split()[0] != "w"}
+    undefined = {line.split()[-1].partition("@")[0] for line in symbols.splitlines()}
+    undefined -= {"_ZNK3c1010TensorImpl4gradEv"}  # weak: csrc/held.h, NOTE [symbols outside the stable ABI]
     of_torch = {name for name in undefined if name.startswith(("aoti_torch", "torch_"))}
     assert "aoti_torch_get_current_stream" in of_torch
     assert of_torch <= stable_shim_names((2, 10))

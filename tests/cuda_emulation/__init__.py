@@ -55,7 +55,7 @@ def _build(output: str, sources: list[str], link: str, sanitize: bool) -> Path:
 def build(sanitize: bool = False) -> Path:
     """Builds the emulated CUDA library and returns its path; with ``sanitize``, for AddressSanitizer and alignment."""
     sources = ["csrc/schema.cpp", *_setup().cuda_sources()]
-    link = "-shared -L{torch} -Wl,--no-as-needed -ltorch_cpu -lc10"
+    link = "-shared -L{torch} -Wl,--no-as-needed " + " ".join(_setup().LIBRARIES)
     return _build("fsam_ext_emulated.so", sources, link, sanitize)
 
 
