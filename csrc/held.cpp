@@ -20,43 +20,92 @@ const void* address_of(AtenTensorHandle tensor) {
   return layout == aoti_torch_layout_strided() ? ListedTensor(tensor).data_ptr() : nullptr;
 }
 
+// Whether a gradient's values can be read from memory as they are. One that a subclass holds, that is zero without
+// memory, or whose sign is yet to be changed goes to the ops in a list, where the dispatcher makes it plain.
+bool is_plain(AtenTensorHandle grad) {
+  return (address_of(grad) || ListedTensor(grad).numel() == 0) && !fsam_is_negated(grad);
+}
+
 // Where a parameter and its gradient lie.
-struct Place {
+struct Addresses {
   const void* param;
   const void* grad = nullptr;
   bool has_grad = false;
 
-  explicit Place(AtenTensorHandle tensor) : param(address_of(tensor)) {
+  explicit Addresses(AtenTensorHandle tensor) : param(address_of(tensor)) {
     if (const AtenTensorHandle handle = grad_of(tensor)) {
       grad = address_of(handle);
-      has_grad = true;
+      has_grad = is_plain(handle);
     }
   }
-  bool operator==(const Place&) const = default;
+  bool operator==(const Addresses&) const = default;
+};
+
+// What the flat state was laid out for: dtype, device, sizes and strides of each tensor, one after the other.
+class Forms {
+ public:
+  void add(ListedTensor tensor) {
+    visit(tensor, [this](int64_t number) {
+      numbers_.push_back(number);
+      return true;
+    });
+  }
+
+  // A walk over the tensors in the order in which they were added.
+  class Walk {
+   public:
+    explicit Walk(const Forms& forms) : next_(forms.numbers_.data()) {}
+    // Whether the next tensor has the form it had.
+    bool holds(ListedTensor tensor) {
+      return visit(tensor, [this](int64_t number) { return number == *next_++; });
+    }
+
+   private:
+    const int64_t* next_;
+  };
+
+ private:
+  // The number of dimensions comes before sizes and strides, so a walk never reads beyond a form.
+  template <class Number>
+  static bool visit(ListedTensor tensor, const Number& number) {
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    if (!number(tensor.dtype()) || !number(tensor.is_cpu()) || !number(tensor.get_device_index())) return false;
+    if (!number(sizes.size())) return false;
+    for (size_t d = 0; d < sizes.size(); ++d)
+      if (!number(sizes[d]) || !number(strides[d])) return false;
+    return true;
+  }
+  std::vector<int64_t> numbers_;
 };
 
 class Held {
  public:
   explicit Held(TensorList&& params) : params_(std::move(params)) {
-    places_.reserve(params_.size());
-    for (size_t i = 0; i < params_.size(); ++i) places_.emplace_back(params_[i].get());
+    addresses_.reserve(params_.size());
+    for (size_t i = 0; i < params_.size(); ++i) {
+      addresses_.emplace_back(params_[i].get());
+      forms_.add(params_[i]);
+    }
     view_ = {params_.data(), int64_t(params_.size())};
   }
   Held(const Held&) = delete;
 
   bool have_grads() const {
+    Forms::Walk form(forms_);
     for (size_t i = 0; i < params_.size(); ++i) {
-      if (i + kFetchedAhead < params_.size()) fetch_links(params_[i + kFetchedAhead].get());
-      if (!grad_of(params_[i].get())) return false;
+      fetch_ahead(params_.data(), params_.size(), i);
+      const AtenTensorHandle grad = grad_of(params_[i].get());
+      if (!grad || !is_plain(grad) || !form.holds(params_[i])) return false;
     }
     return true;
   }
 
   bool in_place() const {
+    Forms::Walk form(forms_);
     for (size_t i = 0; i < params_.size(); ++i) {
       fetch_ahead(params_.data(), params_.size(), i);
-      const Place now(params_[i].get());
-      if (now != places_[i] || !now.has_grad) return false;
+      const Addresses now(params_[i].get());
+      if (now != addresses_[i] || !now.has_grad || !form.holds(params_[i])) return false;
     }
     return true;
   }
@@ -72,7 +121,8 @@ class Held {
 
  private:
   TensorList params_;
-  std::vector<Place> places_;
+  std::vector<Addresses> addresses_;
+  Forms forms_;
   HeldParameters view_;
 };
 
@@ -94,7 +144,7 @@ std::shared_ptr<const Held> held_under(const Tensor& offsets) {
 }
 
 bool can_hold() {
-  return &fsam_grad_of != nullptr && &fsam_bump_version != nullptr;
+  return &fsam_grad_of != nullptr && &fsam_bump_version != nullptr && &fsam_is_negated != nullptr;
 }
 
 void hold(TensorList& params, const Tensor& offsets) {

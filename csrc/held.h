@@ -5,7 +5,8 @@
 // each op call, and as much again for each look whether a gradient is still where it was. So an optimizer's segment may
 // `hold` its parameters once. The ops then take empty lists and the segment's `offsets`, under which the parameters are
 // held; the gradients are those that the parameters have at the time of the call. Nothing is trusted to have stayed as
-// it was: shapes, dtypes and addresses are read anew in every call, as they are from lists.
+// it was: each pass looks whether a parameter still has the form that the flat state was laid out for, and shapes,
+// dtypes and addresses are read anew in every call, as they are from lists.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -15,9 +16,10 @@
 namespace fsam {
 
 // NOTE [symbols outside the stable ABI]
-// The stable ABI knows no .grad and no version counter. These two functions of libtorch are declared by their names in
-// the binary instead, weakly: a torch that lacks them loads this library all the same, and then nothing is held. A name
-// does not tell a function's result, so fsam_ext/held.py allows only those releases of torch whose headers were read.
+// The stable ABI knows no .grad, no version counter and no lazy negation. These functions of libtorch are declared by
+// their names in the binary instead, weakly: a torch that lacks them loads this library all the same, and then nothing
+// is held. A name does not tell a function's result, so fsam_ext/held.py allows only those releases of torch whose
+// headers were read.
 extern "C" {
 // const at::Tensor& c10::TensorImpl::grad() const; the tensor is undefined where there is no gradient.
 [[gnu::weak, gnu::visibility("default")]] AtenTensorHandle fsam_grad_of(const void* impl) __asm__(
@@ -25,6 +27,10 @@ extern "C" {
 // void torch::autograd::impl::bump_version(const at::Tensor&).
 [[gnu::weak, gnu::visibility("default")]] void fsam_bump_version(AtenTensorHandle tensor) __asm__(
     "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE");
+// bool at::native::is_neg(const at::Tensor&): whether the values in memory have the wrong sign, which the dispatcher
+// mends where it sees the tensor.
+[[gnu::weak, gnu::visibility("default")]] bool fsam_is_negated(AtenTensorHandle tensor) __asm__(
+    "_ZN2at6native6is_negERKNS_6TensorE");
 }
 
 // The gradient of a tensor, or null where it has none.

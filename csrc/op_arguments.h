@@ -196,6 +196,8 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
       STD_TORCH_CHECK(result.place.holds(grad), "fsam_ext: grads[", i,
                       "] is on another device than its parameter; move it");
       STD_TORCH_CHECK(same_sizes(param, grad), "fsam_ext: grads[", i, "] has another shape than its parameter");
+      STD_TORCH_CHECK(grad.data_ptr() || grad.numel() == 0, "fsam_ext: grads[", i,
+                      "] has no memory of its own; give its values to the op");
       if (same_order(param, grad)) {
         grad_data = grad.data_ptr();
       } else {

@@ -40,6 +40,7 @@ class ListedTensor {
   int64_t dim() const { return ask<int64_t>(aoti_torch_get_dim); }
   int64_t numel() const { return ask<int64_t>(aoti_torch_get_numel); }
   bool is_contiguous() const { return ask<bool>(aoti_torch_is_contiguous); }
+  int32_t dtype() const { return ask<int32_t>(aoti_torch_get_dtype); }
   void* data_ptr() const { return ask<void*>(aoti_torch_get_data_ptr); }
   int32_t get_device_index() const { return ask<int32_t>(aoti_torch_get_device_index); }
   bool is_cpu() const { return ask<int32_t>(aoti_torch_get_device_type) == aoti_torch_device_type_cpu(); }

@@ -42,6 +42,7 @@ class BackwardCount:
 
     def __init__(self) -> None:
         self._param: Callable[[], Tensor | None] = lambda: None
+        self._stop_watching: Callable[[], Any] = lambda: None
         self._count = 0
         self._ascent: int | None = None
         self._warned = False
@@ -62,9 +63,11 @@ class BackwardCount:
             if self is not None and self._param() is param:
                 self._count += 1
 
+        self._stop_watching()
         self._param = weakref.ref(param)
         hook = param.register_post_accumulate_grad_hook(count)
-        weakref.finalize(self, hook.remove).atexit = False
+        self._stop_watching = weakref.finalize(self, hook.remove)
+        self._stop_watching.atexit = False
 
     def finished(self) -> None:
         """The second pass is over: warns once where it made another number of backward passes."""

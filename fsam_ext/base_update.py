@@ -176,7 +176,7 @@ def base_defaults(base_optimizer: type[Optimizer], base_kwargs: dict[str, Any]) 
             f"base_optimizer {base_optimizer.__name__} evaluates the loss inside its step, which the two passes of "
             "F-SAM rule out; choose one whose step() needs no closure"
         )
-    probe = base_optimizer([torch.nn.Parameter(torch.zeros(1, 1))], **base_kwargs)
+    probe = base_optimizer([torch.nn.Parameter(torch.zeros(1, 1, device="cpu"))], **base_kwargs)
     return probe.defaults
 
 

@@ -165,6 +165,17 @@ def asks_for_state(state: dict[Tensor, dict[str, Any]], param_groups: list[dict[
     return all(grad is not None and not local(grad).any() for grad in grads)
 
 
+def check_shapes(entry: dict[str, Any], param: Tensor, describe: Describe) -> None:
+    """Raises RuntimeError where a parameter has grown or shrunk since it got its state."""
+    for name in SHAPED:
+        value = entry.get(name)
+        if isinstance(value, Tensor) and value.shape != param.shape:
+            raise RuntimeError(
+                f"state '{name}' of {describe(param)} has shape {tuple(value.shape)}, the parameter now has "
+                f"{tuple(param.shape)}; `del optimizer.state[parameter]` to let its state start anew"
+            )
+
+
 def convert(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
     """Brings one parameter's loaded state into the form that its group keeps it in, in place."""
     if not has_masters(group, param.dtype):

@@ -84,6 +84,7 @@ class FlatState:
         self.dtypes = {"step": torch.float32, "backup": dtype, "ema": ema_dtype}
         self.offset: dict[Tensor, int] = {}
         self.index: dict[Tensor, int] = {}
+        self._form: dict[Tensor, tuple[Any, ...]] = {}
         self.numel = 0
         self.buffers: dict[str, Tensor] = {}
         self.partials = torch.empty(0, dtype=self.state_dtype, device=device)
@@ -100,12 +101,16 @@ class FlatState:
         return "master" if self.masters else "backup"
 
     def add(self, params: Iterable[Tensor]) -> None:
-        """Gives each parameter that has none a slice at the end of the layout."""
+        """Gives each parameter that has none, or has another shape or order than its slice, one at the end."""
         for param in params:
-            if param not in self.offset:
-                self.index[param] = len(self.index)
+            part = local(param)
+            form = part.shape, part.stride()
+            if self._form.get(param) != form:
+                self.generation += param in self._form  # views of its old slice are of no use
+                self._form[param] = form
+                self.index.setdefault(param, len(self.index))
                 self.offset[param] = self.numel
-                self.numel += aligned_numel(local(param).numel(), self.dtype, self.quantized)
+                self.numel += aligned_numel(part.numel(), self.dtype, self.quantized)
 
     def _size(self, name: str) -> int:
         if name == "step":
@@ -147,6 +152,7 @@ class FlatState:
 
         Where it had none it gets ``start(p)``, or what the buffer was filled with.
         """
+        filled = name not in self.buffers
         self.buffer(name)
         for param in params:
             view = self.view(name, param)
@@ -155,9 +161,11 @@ class FlatState:
                 value = start(param)
             if isinstance(value, Tensor):
                 value = local(value)
-                if value.data_ptr() == view.data_ptr() and value.dtype == view.dtype:
+                if value.data_ptr() == view.data_ptr() and (value.dtype, value.stride()) == (view.dtype, view.stride()):
                     continue
                 view.copy_(value)
             elif value is not None:  # torch.optim once kept `step` as a number
                 view.fill_(value)
+            elif not filled:  # the slice may hold what a state had that its owner has removed since
+                view.fill_(FILL[name] if view.dtype.is_floating_point else 0)
             state[param][name] = view if name in ("step", "ema_scale") else like(param, view)

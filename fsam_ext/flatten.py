@@ -57,15 +57,22 @@ class FlatParameters:
         return flat.data_ptr() + self.offset[param] * flat.element_size()
 
     def zero_grad(self, params: Sequence[Tensor]) -> None:
-        """Zeroes the gradients of ``params``, and puts back those that ``set_to_none`` may have taken away."""
+        """Zeroes the gradients of ``params``, and puts back those that ``set_to_none`` may have taken away.
+
+        Not those of parameters that were frozen since: a gradient of zero would go on moving them, by momentum.
+        """
         assert self.grad is not None
+        for param in params:
+            if not param.requires_grad:
+                param.grad = None
+        params = [param for param in params if param.requires_grad]
         for param in params:
             if not self.holds_grad(param):
                 param.grad = memory_view(self.grad, self.offset[param], param)
                 REGISTRY.generation += 1
         if len(params) == len(self.offset):
             self.grad.zero_()
-        else:  # the others are another optimizer's
+        elif params:  # the others are another optimizer's
             torch._foreach_zero_([param.grad for param in params])
 
 

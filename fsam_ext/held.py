@@ -1,4 +1,5 @@
-"""Looks at many parameters at once: from C++, which holds on to them, or from Python where it cannot."""
+"""Whether parameters of a segment have gradients and are what they were: asked by C++, which holds on to them, or by
+Python where it cannot."""
 
 from __future__ import annotations
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 from . import _library
-from .distributed import PLAIN
+from .distributed import PLAIN, local
 
 # The last torch whose headers were read: csrc/held.h, NOTE [symbols outside the stable ABI].
 NEWEST_TORCH = (2, 14)
 
 # A descriptor called by map() costs a third of an attribute in a loop.
 _GRAD = Tensor.grad.__get__
+_DTYPE = Tensor.dtype.__get__
 _DATA_PTR = Tensor.data_ptr
 
 
@@ -32,7 +34,22 @@ class Listed:
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = params
+        self._parts = list(map(local, params))
+        self._addresses = self._forms = None
+        self._have_their_forms()
         self._places = self._find()
+
+    def _have_their_forms(self) -> bool:
+        """Whether dtype, device, shape and strides are what they were. Asked where memory has moved, which is cheap."""
+        addresses = [*map(_DATA_PTR, self._parts)], [*map(_DTYPE, self._parts)]
+        if addresses == self._addresses:
+            return True
+        forms = [(part.dtype, part.device, part.shape, part.stride()) for part in self._parts]
+        self._forms = self._forms or forms
+        if forms != self._forms:
+            return False
+        self._addresses = addresses
+        return True
 
     def _find(self) -> tuple[list[int], list[int]] | None:
         try:
@@ -41,12 +58,12 @@ class Listed:
             return None
 
     def have_grads(self) -> bool:
-        """Whether each parameter has a gradient."""
-        return not any(map(is_, map(_GRAD, self._params), repeat(None)))
+        """Whether each parameter has a gradient, and the form that it had when this was made."""
+        return not any(map(is_, map(_GRAD, self._params), repeat(None))) and self._have_their_forms()
 
     def in_place(self) -> bool:
         """Whether each parameter and its gradient lie where they did when this was made."""
-        return self._places is not None and self._places == self._find()
+        return self._places is not None and self._places == self._find() and self._have_their_forms()
 
     def written(self) -> None:
         """Tells autograd that the parameters were written to."""
@@ -84,7 +101,15 @@ def unavailable() -> str | None:
 _REASON = unavailable()
 
 
+def _is_plain(grad: Tensor) -> bool:
+    """Whether a gradient's values are in its memory as they are, with no sign or zeros that are yet to be written."""
+    return type(grad) in PLAIN and not grad.is_neg() and not grad._is_zerotensor()
+
+
 def look_at(params: Sequence[Tensor], key: Tensor) -> Held | Listed:
     """The fastest look at ``params`` that there is; ``key``: an int64 CPU tensor of the caller's own, not empty."""
-    plain = all(type(param) in PLAIN and not param.is_inference() for param in params)
+    plain = all(
+        type(param) in PLAIN and not param.is_inference() and (param.grad is None or _is_plain(param.grad))
+        for param in params
+    )
     return Held(params, key) if _REASON is None and plain and key.numel() else Listed(params)

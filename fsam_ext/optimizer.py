@@ -153,9 +153,15 @@ class FriendlySAM(Optimizer):
                 base = base_defaults(base_optimizer, base_kwargs)
             else:
                 perturb_eps = base_kwargs.pop("eps")
+        taken = sorted(base.keys() & {*options.NAMES, STEP, FORMAT})
+        if taken:
+            raise ValueError(
+                f"base_optimizer {base_optimizer.__name__} has an option named {taken[0]}, which would get F-SAM's "
+                "value; give it another name in a subclass"
+            )
         if "capturable" in base:
             base["capturable"] = capturable
-        self.base_optimizer = base_optimizer
+        self.base_class = base_optimizer
         self.backend = backend
         self.capturable = capturable
         self.ascent_sync = ascent_sync
@@ -185,6 +191,7 @@ class FriendlySAM(Optimizer):
         self._meshes: dict[int, tuple[list[Tensor], dict[Any, torch.device]]] = {}
         self._rounding: dict[torch.device, Tensor] = {}
         self._segments: dict[int, tuple[list[Segment], tuple[Any, ...]]] = {}
+        self._known_state: tuple[Any, int] = (None, 0)
         self._record: list[Segment] = []
         self._totals: dict[torch.device, Tensor] = {}
         self._stats: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
@@ -195,12 +202,20 @@ class FriendlySAM(Optimizer):
         self.__dict__.setdefault("_backward_count", BackwardCount())  # keeps its hook
 
     def _make_base(self, base_kwargs: dict[str, Any]) -> None:
-        fused = [is_fused(self.base_optimizer, group) for group in self.param_groups]
-        self._fused = fused_base(self.base_optimizer) if all(fused) else None
+        fused = [is_fused(self.base_class, group) for group in self.param_groups]
+        self._fused = fused_base(self.base_class) if all(fused) else None
         if self._fused is None:
             own = (*options.NAMES, STEP, FORMAT)
             groups = [{k: v for k, v in g.items() if k not in own} for g in self.param_groups]
-            self._generic = GenericBase(self.base_optimizer(groups, **base_kwargs))
+            self._generic = GenericBase(self.base_class(groups, **base_kwargs))
+
+    @property
+    def base_optimizer(self) -> FriendlySAM:
+        """The optimizer itself, whose groups, state and steps are the base's as well.
+
+        The official script and davda54/sam attach their schedulers to this name.
+        """
+        return self
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, whose options may differ from the defaults; raises before anything changes."""
@@ -216,13 +231,13 @@ class FriendlySAM(Optimizer):
             check_options(group)
             for param in group["params"]:
                 check_parameter(param, self._describe)
-            fused = is_fused(self.base_optimizer, group)
+            fused = is_fused(self.base_class, group)
             if self.__dict__.get("_fused") is not None and not fused:
                 raise ValueError(
-                    f"group {count} asks {self.base_optimizer.__name__} for amsgrad or differentiable, which the other "
+                    f"group {count} asks {self.base_class.__name__} for amsgrad or differentiable, which the other "
                     "groups do not; give the option to the constructor instead"
                 )
-            options.check_group_dtypes(group, fused, self.base_optimizer.__name__, self._describe)
+            options.check_group_dtypes(group, fused, self.base_class.__name__, self._describe)
             group[STEP] = self.param_groups[0][STEP]
         except (TypeError, ValueError):
             del self.param_groups[count:]
@@ -258,6 +273,10 @@ class FriendlySAM(Optimizer):
             for param in members:
                 check_parameter(param, self._describe)
                 check_gradient(param, self._describe)
+                if param in self.state:
+                    checkpoints.check_shapes(self.state[param], param, self._describe)
+                    if uses_ema(group):
+                        checkpoints.convert(self.state[param], param, group)
             flat.add(members)
             for name in self._state_names(group, flat):
                 flat.publish(name, members, self.state, starts.get(name))
@@ -289,8 +308,11 @@ class FriendlySAM(Optimizer):
 
         NOTE [lists are checked, not trusted]
         Frameworks edit ``group["params"]`` and set gradients to None as they like, so every pass compares the lists,
-        object by object, with those that the segments were made from.
+        object by object, with those that the segments were made from. Parameters may be cast or reshaped through
+        ``p.data``; entries of ``state`` may be removed, and then start anew.
         """
+        if self._known_state[0] is not self.state or self._known_state[1] != len(self.state):
+            self._segments.clear()
         result = []
         for number, group in enumerate(self.param_groups):
             structure = self._structure(group)
@@ -306,6 +328,7 @@ class FriendlySAM(Optimizer):
             result.extend(Participant(group, *pair) for pair in zip(segments, grads, strict=True))
         if any(one.grads is None or one.segment.generation != one.segment.flat.generation for one in result):
             return self._participants()  # a group further down made a buffer grow
+        self._known_state = self.state, len(self.state)
         return result
 
     def _find_meshes(self) -> dict[Any, torch.device]:
@@ -334,10 +357,12 @@ class FriendlySAM(Optimizer):
     def _current_grads(self, group: dict[str, Any], segments: list[Segment]) -> list[Sequence[Tensor]] | None:
         """The gradients of each segment, or None where the segments are not those of the group."""
         params = group["params"]
+        if len(segments) != 1 or len(segments[0].params) != len(params):
+            params = [param for param in params if param.grad is not None]
         if len(segments) == 1:
             grads = [segments[0].current_grads(params)]
         else:
-            kinds = self._by_kind(group, [param for param in params if param.grad is not None])
+            kinds = self._by_kind(group, params)
             if [segment.flat for segment in segments] != list(kinds):
                 return None
             grads = [segment.current_grads(kinds[segment.flat]) for segment in segments]
@@ -569,7 +594,12 @@ class FriendlySAM(Optimizer):
                 )
             batches = None if accumulate is None else as_list(accumulate)
             loss = self._evaluate(torch.enable_grad()(partial(evaluate, closure, batches)))
-        self._finish()
+        try:
+            self._finish()
+        except BaseException:
+            if closure is not None:  # nobody else knows that a step was begun
+                self.restore()
+            raise
         return loss
 
     def _make_state(self) -> None:
@@ -626,7 +656,7 @@ class FriendlySAM(Optimizer):
         if not in_one_pass:
             self._restore_recorded()
         for group, segment, grads in participants:
-            if plain:
+            if self._stage is not State.PERTURBED:
                 segment.adopt_changes()
             if uses_ema(group) and (plain or group["ema_source"] == "descent"):
                 self._checked(segment, self._feed, group, segment, grads)
@@ -681,7 +711,7 @@ class FriendlySAM(Optimizer):
         if not group["stochastic_rounding"]:
             return None
         if device not in self._rounding:
-            numbers = torch.tensor([self.rounding_seed, group[STEP]], dtype=torch.int64)
+            numbers = torch.tensor([self.rounding_seed, group[STEP]], dtype=torch.int64, device="cpu")
             self._rounding[device] = numbers.to(device)
         return self._rounding[device]
 
@@ -694,7 +724,7 @@ class FriendlySAM(Optimizer):
         assert self._generic is not None
         if not self.capturable and participants:  # all devices have the same sums: one of them tells for all
             guards = self._guards(participants[0].segment.flat.device)
-            if not guards.applied(torch.ones(())):
+            if not guards.applied(torch.ones((), device="cpu")):
                 return
         for _, segment, grads in participants:
             grad_scale = self._guards(segment.flat.device).grad_scale
@@ -707,7 +737,7 @@ class FriendlySAM(Optimizer):
     def _total(self, device: torch.device) -> Tensor:
         """The sums of pass A on a device; zeros where no gradient took part in the ascent."""
         if device not in self._totals:
-            known = next(iter(self._totals.values()), torch.zeros(ops.STATISTICS, dtype=torch.float64))
+            known = next(iter(self._totals.values()), torch.zeros(ops.STATISTICS, dtype=torch.float64, device="cpu"))
             self._totals[device] = known.to(device)
         return self._totals[device]
 
@@ -842,8 +872,13 @@ class FriendlySAM(Optimizer):
         """
         self._refuse_while_perturbed("load_state_dict()")
         translated = checkpoints.translate(state_dict, self.param_groups)
-        for group in translated["param_groups"]:
+        for number, group in enumerate(translated["param_groups"]):
             check_options({**self.defaults, **group})
+            if self._fused is not None and not is_fused(self.base_class, group):
+                raise ValueError(
+                    f"group {number} of the checkpoint is of {self.base_class.__name__} with amsgrad or "
+                    "differentiable, which this optimizer was made without; give the option to the constructor"
+                )
         whole = self._fused.state_names if self._fused else lambda group: ()
         entries = checkpoints.entries(translated, self.param_groups, whole, self._describe)
         # Copies, because the checkpoint's tensors may be another optimizer's; in their own dtype.
@@ -865,7 +900,7 @@ class FriendlySAM(Optimizer):
         self._refuse_while_perturbed("A copy or pickle of the optimizer")
         return {
             **super().__getstate__(),
-            "base_optimizer": self.base_optimizer,
+            "base_class": self.base_class,
             "backend": self.backend,
             "capturable": self.capturable,
             "ascent_sync": self.ascent_sync,

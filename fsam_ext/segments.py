@@ -16,6 +16,7 @@ from .flatten import REGISTRY
 from .held import Held, current_grads, look_at
 
 _VERSION = Tensor._version.__get__
+_REQUIRES_GRAD = Tensor.requires_grad.__get__
 
 
 def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -80,7 +81,7 @@ class Segment:
         if not self._sharded and _are_flattened(params) and _steps_agree(flat, index):
             firsts = _starts_of_runs(flat, params)
             self.rows, self._flat_grads = _merged(params, firsts)
-        self.offsets = torch.tensor([flat.offset[params[i]] for i in firsts], dtype=torch.int64)
+        self.offsets = torch.tensor([flat.offset[params[i]] for i in firsts], dtype=torch.int64, device="cpu")
         self.chunks = ops.count_chunks(row.numel() for row in self.rows)
         self._look = look_at(params, self.offsets)
         if isinstance(self._look, Held) and self._flat_grads is None and getattr(backend, "takes_held", False):
@@ -116,8 +117,16 @@ class Segment:
         return grads
 
     def zero_flat_grads(self, params: Sequence[Tensor]) -> bool:
-        """Zeroes the gradients of ``params`` where whole runs of them are this segment's rows; else returns False."""
-        grads = None if self._flat_grads is None else self.current_grads(params)
+        """Zeroes the gradients of ``params`` where whole runs of them are this segment's rows; else returns False.
+
+        Frozen ones have no gradient to zero, or False is returned.
+        """
+        if self._flat_grads is None:
+            return False
+        trainable = list(filter(_REQUIRES_GRAD, params))
+        if len(trainable) < len(params) and any(p.grad is not None for p in params if not p.requires_grad):
+            return False
+        grads = self.current_grads(trainable)
         for grad in grads or ():
             grad.zero_()
         return grads is not None

@@ -1,0 +1,292 @@
+"""What users change between steps: parameters cast, reshaped or frozen, state removed, options edited.
+
+A step is made with what is there now, or refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from fsam_ext import SAM, FriendlySAM, flatten_parameters, held
+
+from .test_optimizer import backward, batches, network
+
+SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+
+
+@pytest.fixture(params=["held", "listed"], autouse=True)
+def look(request, monkeypatch):
+    """Both ways to look at parameters have to see all of it."""
+    if request.param == "listed":
+        monkeypatch.setattr(held, "_REASON", "a test wants lists")
+
+
+def step(optimizer, *gradients: float | torch.Tensor) -> None:
+    """Both passes with these gradients, one a parameter (the same for all where there is one)."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for half in (optimizer.first_step, optimizer.second_step):
+        for i, param in enumerate(params):
+            gradient = gradients[i % len(gradients)]
+            param.grad = None if gradient is None else torch.zeros_like(param) + gradient
+        half()
+
+
+# ---- Parameters ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
+@pytest.mark.parametrize("base, kwargs", [(SGD, {"momentum": 0.5}), (AdamW, {"weight_decay": 0.0})])
+def test_a_cast_between_steps_keeps_weights_and_state(dtype, base, kwargs):
+    model = nn.Linear(8, 4, bias=False)
+    optimizer = SAM(model.parameters(), base, rho=0.0, lr=0.25, **kwargs)
+    step(optimizer, 1.0)
+    step(optimizer, 1.0)
+    before = model.weight.detach().clone()
+    model.to(dtype)
+    twin = nn.Linear(8, 4, bias=False)
+    plain = base(twin.parameters(), lr=0.25, **kwargs)
+    twin.weight.grad = torch.ones(4, 8)
+    plain.step()
+    plain.step()
+    model.weight.grad = torch.ones(4, 8, dtype=dtype)
+    optimizer.first_step()
+    optimizer.restore()
+    assert torch.equal(model.weight, before.to(dtype))
+    moved = twin.weight.detach().clone()
+    plain.step()
+    step(optimizer, 1.0)
+    change = twin.weight.detach() - moved
+    torch.testing.assert_close(model.weight.detach().float() - before, change, atol=0.02, rtol=0)
+
+
+def test_another_order_of_the_dimensions():
+    ours = nn.Conv2d(3, 4, 3, bias=False)
+    theirs = copy.deepcopy(ours)
+    optimizer = SAM(ours.parameters(), SGD, rho=0.0, lr=0.1, momentum=0.9)
+    plain = SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    for i in range(5):
+        if i == 2:
+            ours.to(memory_format=torch.channels_last)
+        gradient = torch.randn(4, 3, 3, 3)
+        theirs.weight.grad = gradient
+        step(optimizer, gradient)
+        plain.step()
+        torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_a_transposed_view_at_the_same_address():
+    param, twin = Parameter(torch.randn(4, 4)), Parameter(torch.empty(4, 4))
+    twin.data = param.data.clone()
+    optimizer, plain = SAM([param], SGD, rho=0.0, lr=0.1, momentum=0.9), SGD([twin], lr=0.1, momentum=0.9)
+    for i in range(4):
+        if i == 2:  # values keep their places in the matrix, not in memory
+            param.data = param.data.t().contiguous().t()
+        gradient = torch.randn(4, 4)
+        twin.grad = gradient
+        step(optimizer, gradient)
+        plain.step()
+    torch.testing.assert_close(param, twin)
+
+
+@pytest.mark.parametrize("size", (16, 64))
+def test_a_parameter_of_another_size_is_refused_until_its_state_goes(size):
+    a, b = Parameter(torch.zeros(32)), Parameter(torch.full((32,), 5.0))
+    optimizer = FriendlySAM([a, b], SGD, rho=0.1, lr=0.0)
+    step(optimizer, 1.0)
+    a.data = torch.zeros(size)
+    a.grad, b.grad = torch.ones(size), torch.ones(32)
+    with pytest.raises(RuntimeError, match=r"'ema' of parameter 0 of group 0 .* has shape \(32,\)"):
+        optimizer.first_step()
+    assert not a.any() and bool((b == 5).all())
+    del optimizer.state[a]
+    for _ in range(2):
+        step(optimizer, 1.0)
+        assert not a.any() and bool((b == 5).all())
+    fresh = FriendlySAM([a, b], SGD, rho=0.1, lr=0.0)
+    fresh.load_state_dict(optimizer.state_dict())
+
+
+def test_frozen_parameters_stay_and_cost_no_new_segments(monkeypatch):
+    params = [Parameter(torch.zeros(4)) for _ in range(5)]
+    optimizer = FriendlySAM(params, SGD, lr=0.1, momentum=0.9)
+    step(optimizer, 1.0)
+    params[2].requires_grad_(False)
+    frozen = params[2].detach().clone()
+    step(optimizer, 1.0, 1.0, None, 1.0, 1.0)
+    made = []
+    monkeypatch.setattr(optimizer, "_make_segments", lambda *args: made.append(args))
+    for _ in range(3):
+        step(optimizer, 1.0, 1.0, None, 1.0, 1.0)
+    assert not made
+    assert torch.equal(params[2], frozen) and not torch.equal(params[1], frozen)
+
+
+@pytest.mark.parametrize("drop_gradients", (False, True))
+def test_a_frozen_layer_of_a_flattened_model_stays(drop_gradients):
+    ours, theirs = network(), network()
+    flatten_parameters(ours, grads=True)
+    models = [(m, FriendlySAM(m.parameters(), SGD, lr=0.05, momentum=0.9, weight_decay=0.1)) for m in (ours, theirs)]
+    for i, batch in enumerate(batches(6)):
+        for model, optimizer in models:
+            if i == 3:
+                model[4].requires_grad_(False)
+                if drop_gradients:
+                    model[4].weight.grad = model[4].bias.grad = None
+            optimizer.step(lambda model=model, batch=batch: backward(model, batch))
+        if i == 3:
+            frozen = ours[4].weight.detach().clone()
+    assert torch.equal(ours[4].weight, frozen)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+# ---- Gradients -----------------------------------------------------------------------------------------------------
+
+
+def test_a_gradient_whose_sign_is_yet_to_be_changed():
+    ours, theirs = Parameter(torch.ones(1)), Parameter(torch.ones(1))
+    optimizer, plain = SAM([ours], SGD, rho=0.0, lr=1.0), SGD([theirs], lr=1.0)
+    for lazy in (False, True, True):
+        for half in (optimizer.first_step, optimizer.second_step):
+            ours.grad = torch._neg_view(torch.ones(1)) if lazy else torch.ones(1)
+            half()
+        theirs.grad = -torch.ones(1) if lazy else torch.ones(1)
+        plain.step()
+        assert torch.equal(ours, theirs)
+
+
+def test_a_gradient_of_zeros_without_memory():
+    param = Parameter(torch.ones(4))
+    optimizer = SAM([param], SGD, rho=0.0, lr=1.0, momentum=0.5)
+    step(optimizer, 1.0)
+    for half in (optimizer.first_step, optimizer.second_step):
+        param.grad = torch._efficientzerotensor((4,))
+        half()
+    assert torch.equal(param, torch.full((4,), -0.5))
+
+
+# ---- State ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edit", ("clear", "replace", "pop"))
+def test_removed_state_starts_anew(edit):
+    ours, theirs = Parameter(torch.ones(4)), Parameter(torch.ones(4))
+    optimizer, plain = SAM([ours], SGD, rho=0.0, lr=1.0, momentum=0.9), SGD([theirs], lr=1.0, momentum=0.9)
+    for i in range(4):
+        if i == 2:
+            for one, param in ((optimizer, ours), (plain, theirs)):
+                if edit == "clear":
+                    one.state.clear()
+                elif edit == "replace":
+                    one.state = defaultdict(dict)
+                else:
+                    one.state.pop(param)
+        theirs.grad = torch.ones(4)
+        step(optimizer, 1.0)
+        plain.step()
+    torch.testing.assert_close(ours, theirs)
+    saved = optimizer.state_dict()["state"]
+    torch.testing.assert_close(saved[0]["momentum_buffer"], plain.state[theirs]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("before", (None, torch.bfloat16, torch.int8))
+@pytest.mark.parametrize("after", (None, torch.bfloat16, torch.int8))
+def test_another_storage_of_the_average_takes_it_over(before, after):
+    param = Parameter(torch.zeros(256))
+    optimizer = FriendlySAM([param], SGD, lr=0.0, ema_dtype=before)
+    step(optimizer, 0.125)
+    optimizer.param_groups[0]["ema_dtype"] = after
+    step(optimizer, 0.25)
+    assert float(optimizer.stats()["ema_norm"]) == pytest.approx(0.125 * 16, rel=0.01)
+
+
+def test_an_option_name_that_both_have_is_refused():
+    with pytest.raises(ValueError, match="Adadelta has an option named rho"):
+        SAM([Parameter(torch.ones(1))], torch.optim.Adadelta, lr=1.0)
+
+
+def test_a_checkpoint_of_amsgrad_is_not_taken_for_plain_adam():
+    params = [Parameter(torch.ones(3))]
+    theirs = Adam(params, lr=0.1, amsgrad=True)
+    params[0].grad = torch.ones(3)
+    theirs.step()
+    with pytest.raises(ValueError, match="group 0 of the checkpoint is of Adam with amsgrad"):
+        FriendlySAM(params, Adam, lr=0.1).load_state_dict(theirs.state_dict())
+
+
+# ---- Steps that fail -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", (SGD, torch.optim.RMSprop))
+def test_a_closure_step_that_fails_at_its_end_is_given_up(base, monkeypatch):
+    model, calls = network(), []
+    optimizer = FriendlySAM(model.parameters(), base, lr=0.01)
+    batch = next(iter(batches(1)))
+
+    def closure(spoil=False):
+        calls.append(1)
+        loss = backward(model, batch)
+        if spoil and len(calls) == 2:
+            model[4].weight.grad = model[4].weight.grad.to_sparse()
+        return loss
+
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step(lambda: closure(spoil=True))
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer.state_dict()
+    calls.clear()
+    optimizer.step(closure)
+    assert len(calls) == 2
+
+
+def test_weights_written_after_the_perturbed_block_reach_the_masters():
+    param = Parameter(torch.full((4,), 2.0, dtype=torch.bfloat16))
+    optimizer = SAM([param], SGD, rho=0.0, lr=0.125, master_weights=True)
+    step(optimizer, 1.0)
+    param.grad = torch.ones_like(param)
+    with optimizer.perturbed():
+        param.grad = torch.ones_like(param)
+    with torch.no_grad():
+        param.clamp_(-1, 1)
+    optimizer.step()
+    assert torch.equal(param, torch.full_like(param, 0.875))
+
+
+# ---- Coming from other code ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("make", (FriendlySAM, SAM))
+@pytest.mark.parametrize("base, more", [(SGD, {"momentum": 0.9, "nesterov": False}), (AdamW, {})])
+def test_the_lines_of_the_official_script(make, base, more):
+    """github.com/nblt/F-SAM, train.py: a number for ``adaptive``, the scheduler on ``base_optimizer``."""
+    model = network()
+    options = {} if make is SAM else {"sigma": 1, "lmbda": 0.95}
+    optimizer = make(model.parameters(), base, rho=0.1, adaptive=0, lr=0.1, weight_decay=1e-4, **options, **more)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer.base_optimizer, milestones=[2], gamma=0.2, last_epoch=-1)
+    for batch in batches(3):
+        backward(model, batch)
+        optimizer.first_step(zero_grad=True)
+        backward(model, batch)
+        optimizer.second_step(zero_grad=True)
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.02)
+
+
+def test_the_default_device_does_not_matter():
+    param = Parameter(torch.ones(4))
+    with torch.device("meta"):
+        optimizer = FriendlySAM([param], SGD, lr=1.0)
+        with torch.device("cpu"):
+            gradient = torch.ones(4)
+        for half in (optimizer.first_step, optimizer.second_step):
+            param.grad = gradient.clone()
+            half()
+    assert torch.equal(param, torch.zeros(4))
