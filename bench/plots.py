@@ -202,6 +202,10 @@ def _limit(figures: Figures, workload: str, numel: int) -> float | None:
 # ---- The README's table --------------------------------------------------------------------------------------------
 
 
+def _duration(milliseconds: float) -> str:
+    return f"{milliseconds:.3g} ms" if milliseconds < 999.5 else f"{milliseconds / 1e3:.3g} s"
+
+
 def table(rows: list[Row]) -> str:
     """Markdown: a line for each optimizer workload in fp32 with SGD, ours against every peer."""
     device = "cuda" if any(row.device == "cuda" and row.median is not None for row in rows) else "cpu"
@@ -211,7 +215,7 @@ def table(rows: list[Row]) -> str:
     measured = [case for case in figures.cases("step") if case[1:] == ("fp32", "sgd")]
     for workload, dtype, base in measured:
         official = figures.get("official", workload, "step", dtype, base)
-        cells = [WORKLOADS[workload].title, f"{official.median:.3g} ms" if official else "-"]
+        cells = [WORKLOADS[workload].title, _duration(official.median) if official else "-"]
         for name in (*PEERS[1:], *OURS):
             row = figures.get(name, workload, "speedup_over official", dtype, base)
             text = f"{row.median:.3g}x" if row else "-"

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .distributed import is_dtensor
+
 
 def evaluate(closure: Callable[..., Any], batches: list[Any] | None) -> Any:
     """Calls ``closure`` for each micro-batch and returns the sum of what it returned; or once, where there are none."""
@@ -33,8 +35,8 @@ def as_list(batches: Iterable[Any]) -> list[Any]:
 class BackwardCount:
     """Counts backward passes, to notice a second pass that replays another number of micro-batches than the first.
 
-    One parameter stands for all. Where autograd does not reach it as a leaf (sharded parameters) nothing is counted and
-    nothing is noticed.
+    One parameter stands for all. Autograd does not reach sharded ones as leaves, so none of those is watched: torch
+    cannot convert a DTensor that something refers to weakly.
 
     Parameter and count know each other weakly: Python's collector does not see through a parameter's hooks, so it would
     never free either.
@@ -51,7 +53,7 @@ class BackwardCount:
         """The first pass is over; from now on the second one's backward passes count."""
         watched = self._param() is param
         self._ascent = self._count if watched else None  # None: it was not watched yet
-        if not watched and param.is_leaf and param.requires_grad:
+        if not watched and param.is_leaf and param.requires_grad and not is_dtensor(param):
             self._watch(param)
         self._count = 0
 

@@ -151,13 +151,49 @@ class GenericBase:
             for entry, name, value in hidden:
                 entry[name] = value
 
-    def step(self, state: dict[Tensor, dict[str, Any]], param_groups: list[dict[str, Any]]) -> None:
-        """Runs the base's step without its hooks: ours have fired already."""
+    def step(
+        self,
+        state: dict[Tensor, dict[str, Any]],
+        param_groups: list[dict[str, Any]],
+        applied: Tensor | None = None,
+    ) -> None:
+        """Runs the base's step without its hooks: ours have fired already.
+
+        Args:
+            applied: None, or a 0-d tensor that tells on the device whether the step counts: where it is 0, weights and
+                state get their old values back. Costs a copy of them.
+
+        Raises:
+            RuntimeError: ``applied`` is given and the base has no state yet, for which there are no old values.
+        """
         self.optimizer.state = state
         self.optimizer.param_groups = param_groups
         step = type(self.optimizer).step
         with self._own_state_only(state):
+            tensors = [] if applied is None else _all_tensors(state, param_groups)
+            before = [tensor.clone() for tensor in tensors]
             getattr(step, "__wrapped__", step)(self.optimizer)
+            if applied is None:
+                return
+            if len(_all_tensors(state, param_groups)) != len(tensors):
+                raise RuntimeError(
+                    f"{type(self.optimizer).__name__} made its state within a CUDA graph, where a step that is not "
+                    "finite could not be undone; make one step before the capture"
+                )
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(torch.where(applied.to(tensor.device) != 0, tensor, value))
+
+
+def _all_tensors(state: dict[Tensor, dict[str, Any]], param_groups: list[dict[str, Any]]) -> list[Tensor]:
+    """Every tensor that a step may write."""
+    params = [param for group in param_groups for param in group["params"] if param.grad is not None]
+    values = [value for entry in state.values() for value in entry.values() if isinstance(value, Tensor)]
+    return params + values
+
+
+def host_may_read(device: torch.device) -> bool:
+    """Whether a value on the device can be waited for: not while a CUDA graph is captured."""
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def base_defaults(base_optimizer: type[Optimizer], base_kwargs: dict[str, Any]) -> dict[str, Any]:

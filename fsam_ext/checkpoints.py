@@ -62,10 +62,16 @@ def in_our_names(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     }
 
 
+def _is_unset(value: Any) -> bool:
+    """Whether a state has seen no gradient: csrc/formulas.h, NOTE [an unset state is NaN]."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0 and bool(value.isnan().all())
+
+
 def to_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state_dict of :class:`fsam_ext.FriendlySAM` as the base optimizer alone would have written it.
 
-    Averages and masters are left out; a plain optimizer of bfloat16 parameters goes on from the rounded weights.
+    Averages and masters are left out; a plain optimizer of bfloat16 parameters goes on from the rounded weights. So is
+    momentum that has seen no gradient yet, which a plain optimizer would not know as such.
 
     Raises:
         ValueError: this is no state_dict of an optimizer, or one of a later release.
@@ -73,7 +79,7 @@ def to_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
     check_form(state_dict)
     own = (*NAMES, STEP, FORMAT)
     state = {
-        key: {name: value for name, value in entry.items() if name not in OWN_STATE}
+        key: {name: value for name, value in entry.items() if name not in OWN_STATE and not _is_unset(value)}
         for key, entry in in_our_names(state_dict["state"]).items()
     }
     return {

@@ -115,6 +115,15 @@ def local_grads(params: Sequence[Tensor], grads: Iterable[Tensor]) -> list[Tenso
     return parts
 
 
+def placed_gradient(param: Tensor) -> Tensor:
+    """The gradient of a parameter, which is moved for good where it lies otherwise."""
+    grad = param.grad
+    assert grad is not None
+    if is_dtensor(grad) and grad.placements != param.placements:
+        param.grad = grad = grad.redistribute(placements=param.placements)
+    return grad
+
+
 def check_parameter(param: Tensor, describe: Describe) -> None:
     """Raises ValueError or TypeError for a sharded parameter that cannot be used."""
     if getattr(param, "_fsdp_flattened", False):
@@ -347,9 +356,7 @@ def _grads_by_sharding(params: Iterable[Tensor]) -> dict[Sharding | None, list[T
         if grad is None:
             continue
         check_gradient(param, grad, lambda p: f"a parameter of shape {tuple(p.shape)}")
-        if is_dtensor(grad) and grad.placements != param.placements:
-            param.grad = grad = grad.redistribute(placements=param.placements)
-        parts.setdefault(sharding(param), []).append(local(grad))
+        parts.setdefault(sharding(param), []).append(local(placed_gradient(param)))
     return parts
 
 

@@ -111,7 +111,7 @@ REGISTRY = Registry()
 def flatten_parameters(module: nn.Module, grads: bool = False) -> list[FlatParameters]:
     """Moves a module's trainable parameters into one flat buffer for each dtype and device.
 
-    A step is then three launches over one segment, whatever the number of parameters. Values, shapes and strides stay;
+    A step is then three op calls over one row, whatever the number of parameters. Values, shapes and strides stay;
     every parameter becomes a view, which code that compares storages (safetensors, pointer-sharing tools, FSDP2) sees.
     Call it once the module is on its device and in its dtype, before or after the optimizer is made.
 

@@ -15,13 +15,21 @@ from torch.optim import SGD, Optimizer
 
 from . import amp, backends, checkpoints, distributed, ops, options
 from .accumulation import BackwardCount, as_list, evaluate
-from .base_update import GenericBase, base_defaults, fused_base, is_fused, number_or_tensor
+from .base_update import GenericBase, base_defaults, fused_base, host_may_read, is_fused, number_or_tensor
 from .diagnostics import EffectWatch, effective_norm_and_cosine, total_effect
 from .distributed import Sharding
 from .flat_state import FlatState
 from .flatten import REGISTRY, FlatParameters
-from .held import current_grads
-from .options import FORMAT, LOW_PRECISION, STEP, check_gradient, check_options, check_parameter, uses_ema
+from .options import (
+    FORMAT,
+    LOW_PRECISION,
+    STEP,
+    check_disjoint,
+    check_gradient,
+    check_options,
+    check_parameter,
+    uses_ema,
+)
 from .schedule import Boundary, Schedule
 from .segments import Guards, Segment, same_objects
 
@@ -29,6 +37,9 @@ from .segments import Guards, Segment, same_objects
 # A step is op calls that are fused already, around state that a graph cannot hold. torch.compile of a training step
 # breaks its graph at the methods that torch._disable_dynamo marks, as at those of torch's own Optimizer; it compiles a
 # model that a closure calls as ever.
+
+
+PERTURB_EPS = 1e-12
 
 
 class State(Enum):
@@ -75,7 +86,8 @@ class FriendlySAM(Optimizer):
     leaves weights and all state as they were. ``stats()["found_inf"]`` tells.
 
     Parameters and gradients may be float64, float32, bfloat16 or float16; all arithmetic is float32 (float64 for
-    float64), and so is the state unless an option says otherwise. Nothing in a step waits for the device.
+    float64), and so is the state unless an option says otherwise. Nothing in a step waits for the device, unless the
+    base optimizer is not fused: whether its step counts is read on the host.
 
     With ``every``, ``start`` or ``end`` only some steps make an ascent (``ascends`` tells); the others are plain steps
     of the base optimizer, by ``step(closure)``, or by ``step()`` after one backward.
@@ -130,7 +142,7 @@ class FriendlySAM(Optimizer):
         adaptive: bool = False,
         *,
         ema: str = "previous",
-        perturb_eps: float = 1e-12,
+        perturb_eps: float = PERTURB_EPS,
         every: int = 1,
         start: Boundary = None,
         end: Boundary = None,
@@ -151,6 +163,11 @@ class FriendlySAM(Optimizer):
         if "eps" in base_kwargs:
             if "eps" in base:
                 base = base_defaults(base_optimizer, base_kwargs)
+            elif perturb_eps != PERTURB_EPS:
+                raise ValueError(
+                    f"eps is another name of perturb_eps for {base_optimizer.__name__}, and both were given; leave out "
+                    "eps"
+                )
             else:
                 perturb_eps = base_kwargs.pop("eps")
         taken = sorted(base.keys() & {*options.NAMES, STEP, FORMAT})
@@ -277,6 +294,7 @@ class FriendlySAM(Optimizer):
                     checkpoints.check_shapes(self.state[param], param, self._describe)
                     if uses_ema(group):
                         checkpoints.convert(self.state[param], param, group)
+            check_disjoint(members, self._describe)
             flat.add(members)
             for name in self._state_names(group, flat):
                 flat.publish(name, members, self.state, starts.get(name))
@@ -599,6 +617,8 @@ class FriendlySAM(Optimizer):
         except BaseException:
             if closure is not None:  # nobody else knows that a step was begun
                 self.restore()
+            for name in ("grad_scale", "found_inf"):  # GradScaler.step removes them only where nothing is raised
+                self.__dict__.pop(name, None)
             raise
         return loss
 
@@ -718,19 +738,24 @@ class FriendlySAM(Optimizer):
     def _step_generic(self, participants: list[Participant]) -> None:
         """The step of a base that is not fused.
 
-        It cannot be predicated on the device, so this one path reads on the host whether the gradients were finite; not
-        with ``capturable``, where a host cannot read.
+        It cannot be predicated on the device, so this one path reads on the host whether the gradients were finite. A
+        host cannot read while a CUDA graph is captured: there the step is undone on the device.
         """
         assert self._generic is not None
-        if not self.capturable and participants:  # all devices have the same sums: one of them tells for all
-            guards = self._guards(participants[0].segment.flat.device)
-            if not guards.applied(torch.ones((), device="cpu")):
-                return
-        for _, segment, grads in participants:
+        applied = None
+        if participants:  # all devices have the same sums: one of them tells for all
+            device = participants[0].segment.flat.device
+            applied = self._guards(device).applied(torch.ones((), device=device))
+            if host_may_read(device):
+                if not applied:
+                    return
+                applied = None
+        for _, segment, _ in participants:
             grad_scale = self._guards(segment.flat.device).grad_scale
             if grad_scale is not None:
-                torch._foreach_div_(grads or current_grads(segment.params), grad_scale)
-        self._generic.step(self.state, self.param_groups)
+                grads = [distributed.local(distributed.placed_gradient(param)) for param in segment.params]
+                torch._foreach_div_(grads, grad_scale)
+        self._generic.step(self.state, self.param_groups, applied)
         for _, segment, _ in participants:
             segment.written()
 
@@ -919,7 +944,7 @@ class SAM(FriendlySAM):
     """Sharpness-Aware Minimization (Foret et al., ICLR 2021), and ASAM (Kwon et al., ICML 2021) where ``adaptive``.
 
     :class:`FriendlySAM` with sigma = 0: the perturbation follows the gradient itself, and no average is kept. Takes the
-    same options but for ``sigma`` and those of the average.
+    same options but for ``sigma`` and those of the average, which raise TypeError.
     """
 
     def __init__(
@@ -930,4 +955,7 @@ class SAM(FriendlySAM):
         adaptive: bool = False,
         **kwargs: Any,
     ) -> None:
+        for name in ("sigma", "lmbda", "ema", "ema_dtype", "ema_source"):
+            if name in kwargs:
+                raise TypeError(f"SAM has no average, which {name} is an option of; leave it out, or use FriendlySAM")
         super().__init__(params, base_optimizer, rho, sigma=0.0, adaptive=adaptive, **kwargs)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -51,6 +52,9 @@ def check_options(group: dict[str, Any]) -> None:
     number("sigma", lambda v: True, "a finite number (0 is SAM, 1 is the paper's choice)")
     number("lmbda", lambda v: 0 <= v < 1, "a number in [0, 1)")
     number("perturb_eps", lambda v: v >= 0, "a finite number of at least 0")
+    for name in ("adaptive", "master_weights", "stochastic_rounding"):
+        if group[name] not in (False, True):  # 0 and 1 are: the official script says adaptive=0
+            raise ValueError(f"{name} must be True or False, not {group[name]!r}")
     if group["ema"] not in ("previous", "updated"):
         raise ValueError(f"ema must be 'previous' (the official code) or 'updated' (the paper), not {group['ema']!r}")
     if group["ema_dtype"] not in (None, torch.float32, torch.bfloat16, torch.int8):
@@ -58,11 +62,12 @@ def check_options(group: dict[str, Any]) -> None:
             "ema_dtype must be torch.float32, torch.bfloat16 or torch.int8, or None for the dtype of the arithmetic, "
             f"not {group['ema_dtype']!r}"
         )
-    if group["ema_dtype"] == torch.int8 and group["lmbda"] > 0.999:
-        raise ValueError(
-            f"ema_dtype=torch.int8 cannot follow an average with lmbda={group['lmbda']}: its updates are smaller than "
-            "a step of eight bits; use lmbda <= 0.999, or ema_dtype=torch.float32"
-        )
+    for dtype, most in ((torch.bfloat16, 0.99), (torch.int8, 0.999)):
+        if group["ema_dtype"] == dtype and group["lmbda"] > most:
+            raise ValueError(
+                f"ema_dtype={dtype} cannot follow an average with lmbda={group['lmbda']}: its updates are smaller than "
+                f"what eight bits tell apart; use lmbda <= {most}, or ema_dtype=torch.float32"
+            )
     if group["forward_dtype"] not in FORWARD:
         raise ValueError(
             "forward_dtype must be torch.bfloat16 or torch.float16, or None where forward passes use the weights as "
@@ -100,6 +105,22 @@ def check_parameter(param: Tensor, describe: Describe) -> None:
             f"{describe(param)} has strides {tuple(part.stride())} with gaps or overlaps in memory; "
             "make it contiguous first"
         )
+
+
+def check_disjoint(params: Sequence[Tensor], describe: Describe) -> None:
+    """Raises ValueError for two parameters over the same memory: the second backup would be of perturbed weights."""
+    parts = [distributed.local(param) for param in params]
+    ranges = sorted(
+        (part.data_ptr(), part.data_ptr() + part.numel() * part.element_size(), i)
+        for i, part in enumerate(parts)
+        if part.numel() > 0
+    )
+    for (_, end, first), (begin, _, second) in pairwise(ranges):
+        if begin < end:
+            raise ValueError(
+                f"{describe(params[first])} and {describe(params[second])} share memory, so neither could be restored; "
+                "tie weights by using one Parameter in both places"
+            )
 
 
 def check_group_dtypes(group: dict[str, Any], fused: bool, base: str, describe: Describe) -> None:

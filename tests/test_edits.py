@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from fsam_ext import SAM, FriendlySAM, flatten_parameters, held
+from fsam_ext.checkpoints import to_torch
 
 from .test_optimizer import backward, batches, network
 
@@ -110,6 +111,17 @@ def test_a_parameter_of_another_size_is_refused_until_its_state_goes(size):
         assert not a.any() and bool((b == 5).all())
     fresh = FriendlySAM([a, b], SGD, rho=0.1, lr=0.0)
     fresh.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("start", (0, 3))
+def test_parameters_over_the_same_memory_are_refused(start):
+    a = Parameter(torch.zeros(4))
+    b = Parameter(a.data[start:])
+    optimizer = FriendlySAM([b, a], SGD, rho=1.0, lr=0.0)
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.first_step()
+    assert not a.any()
 
 
 def test_frozen_parameters_stay_and_cost_no_new_segments(monkeypatch):
@@ -218,6 +230,71 @@ def test_a_checkpoint_of_amsgrad_is_not_taken_for_plain_adam():
     theirs.step()
     with pytest.raises(ValueError, match="group 0 of the checkpoint is of Adam with amsgrad"):
         FriendlySAM(params, Adam, lr=0.1).load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lmbda": 0.5}, "SAM has no average, which lmbda"),
+        ({"sigma": 0.5}, "SAM has no average, which sigma"),
+        ({"ema_dtype": torch.int8}, "SAM has no average, which ema_dtype"),
+    ],
+)
+def test_sam_refuses_options_of_the_average(options, message):
+    with pytest.raises(TypeError, match=message):
+        SAM([Parameter(torch.ones(1))], SGD, lr=0.1, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"adaptive": "no"}, "adaptive must be True or False, not 'no'"),
+        ({"master_weights": 2}, "master_weights must be True or False, not 2"),
+        ({"eps": 1e-8, "perturb_eps": 1e-6}, "eps is another name of perturb_eps for SGD"),
+        ({"ema_dtype": torch.bfloat16, "lmbda": 0.995}, "use lmbda <= 0.99,"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FriendlySAM([Parameter(torch.ones(1))], SGD, lr=0.1, **options)
+
+
+def test_momentum_that_has_seen_nothing_is_not_given_to_plain_torch():
+    param = Parameter(torch.ones(3))
+    optimizer = FriendlySAM([param], SGD, lr=0.1, momentum=0.9)
+    step(optimizer, torch.inf)
+    plain = SGD([param], lr=0.1, momentum=0.9)
+    plain.load_state_dict(to_torch(optimizer.state_dict()))
+    param.grad = torch.ones(3)
+    plain.step()
+    torch.testing.assert_close(param.detach(), torch.full((3,), 0.9))
+
+
+# ---- A base that is not fused, in a CUDA graph ---------------------------------------------------------------------
+
+
+def test_a_captured_step_of_another_base_is_undone_on_the_device(monkeypatch):
+    params, twins = ([Parameter(torch.ones(3)), Parameter(torch.ones(2))] for _ in range(2))
+    optimizer = FriendlySAM(params, torch.optim.RMSprop, lr=0.1, momentum=0.9)
+    plain = FriendlySAM(twins, torch.optim.RMSprop, lr=0.1, momentum=0.9)
+    step(optimizer, 1.0)
+    step(plain, 1.0)
+    monkeypatch.setattr("fsam_ext.optimizer.host_may_read", lambda device: False)
+    for gradient in (torch.inf, 2.0, torch.nan, 0.5):
+        step(optimizer, gradient)
+        if gradient in (2.0, 0.5):
+            step(plain, gradient)
+        assert all(map(torch.equal, params, twins))
+        for mine, other in zip(params, twins, strict=True):
+            for name, value in plain.state[other].items():
+                assert torch.equal(optimizer.state[mine][name], value)
+
+
+def test_the_first_step_of_another_base_is_not_captured(monkeypatch):
+    optimizer = FriendlySAM([Parameter(torch.ones(3))], torch.optim.RMSprop, lr=0.1)
+    monkeypatch.setattr("fsam_ext.optimizer.host_may_read", lambda device: False)
+    with pytest.raises(RuntimeError, match="RMSprop made its state within a CUDA graph"):
+        step(optimizer, 1.0)
 
 
 # ---- Steps that fail -----------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_module, init_device_mesh
 
-from fsam_ext import FriendlySAM
+from fsam_ext import SAM, FriendlySAM
 
 from ..conformance import identical
 from .ranks import run
@@ -136,3 +136,48 @@ def test_one_rank_s_overflow_with_a_grad_scaler(where):
     for moved, scales, finite in run(2, scaled, where):
         assert moved == [True, True, False, True] and finite
         assert scales == [64.0, 64.0, 32.0, 32.0]
+
+
+class Descent(torch.optim.Optimizer):
+    """A base that is not fused."""
+
+    def __init__(self, params, lr=1.0):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.add_(param.grad, alpha=-group["lr"])
+
+
+def unscaled(placement):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    param = torch.nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Replicate()]))
+    optimizer = SAM([param], Descent, rho=0.0, lr=0.5)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(16.0), torch.zeros(())
+    optimizer._check_scaler = lambda scaled: None
+    for half in (optimizer.first_step, optimizer.step):
+        param.grad = DTensor.from_local(torch.full((4,), 8.0), mesh, [placement])
+        half()
+    return param.to_local().tolist()
+
+
+@pytest.mark.parametrize("placement, expected", [(Partial(), 0.5), (Replicate(), 0.75)])
+def test_a_gradient_that_lies_otherwise_is_unscaled_for_another_base(placement, expected):
+    """The sum of two addends of 8, and 8, over a scale of 16."""
+    assert run(2, unscaled, placement) == [[expected] * 4] * 2
+
+
+def converted():
+    model = distribute_module(torch.nn.Linear(4, 4), init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = SAM(model.parameters(), SGD, lr=0.1, momentum=0.9)
+    for half in (optimizer.first_step, optimizer.second_step):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        half(zero_grad=True)
+    model.double()
+    return str(next(model.parameters()).dtype)
+
+
+def test_a_model_of_dtensors_is_converted_after_a_step():
+    assert run(2, converted) == ["torch.float64"] * 2
