@@ -70,7 +70,8 @@ def test_needs_nothing_of_torch_but_the_stable_shim(library, shim_functions):
     beyond = {name for kind, name in lines if kind == "w" and name.startswith("_ZN") and "@" not in name}
     # csrc/held.h, NOTE [symbols outside the stable ABI]
     grad, bump_version = "_ZNK3c1010TensorImpl4gradEv", "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
-    assert beyond == ({grad, bump_version} if library.name.startswith("_C.") else {grad})
+    is_neg = "_ZN2at6native6is_negERKNS_6TensorE"
+    assert beyond == ({grad, bump_version, is_neg} if library.name.startswith("_C.") else {grad})
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)

@@ -111,6 +111,8 @@ def test_the_headers_of_this_torch_say_what_the_names_promise():
     variable = (include / "torch/csrc/autograd/variable.h").read_text()
     assert re.search(r"TORCH_API void bump_version\(const Variable&", variable)
     assert re.search(r"^using Variable = at::Tensor;", variable, re.MULTILINE)
+    is_neg = (include / "ATen/ops/is_neg_native.h").read_text()
+    assert re.search(r"^TORCH_API bool is_neg\(const at::Tensor & self\);", is_neg, re.MULTILINE)
     assert held.unavailable() is None
 
 
