@@ -143,7 +143,7 @@ def bus(figures: Figures, plt):
     cases = figures.cases("achieved")
     if not cases:
         return None
-    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(9, 2 + 0.6 * len(cases)), 4.6), layout="constrained")
     for j, case in enumerate(cases):
         triad = figures.get("triad", case[0], "bus", *case[1:])
         if triad is not None:
@@ -159,7 +159,8 @@ def bus(figures: Figures, plt):
             axes.errorbar(x, row.median, error, fmt="o", ms=5, lw=0.8, color=COLORS[name], label=label)
     axes.set_yscale("log")
     axes.set_ylabel("bytes that F-SAM must move / time, GB/s")
-    axes.set_xticks(range(len(cases)), [_label(case) for case in cases], rotation=35, ha="right", fontsize=7)
+    axes.set_xticks(range(len(cases)), [_label(case) for case in cases], rotation=40, ha="right", fontsize=7)
+    axes.set_xlim(-0.6, len(cases) - 0.4)
     axes.grid(axis="y", which="both", lw=0.3)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure

@@ -1,5 +1,4 @@
-"""Whether parameters of a segment have gradients and are what they were: asked by C++, which holds on to them, or by
-Python where it cannot."""
+"""Looks whether parameters have gradients and are what they were: from C++, which holds on to them, or from Python."""
 
 from __future__ import annotations
 
@@ -41,8 +40,11 @@ class Listed:
 
     def _have_their_forms(self) -> bool:
         """Whether dtype, device, shape and strides are what they were. Asked where memory has moved, which is cheap."""
-        addresses = [*map(_DATA_PTR, self._parts)], [*map(_DTYPE, self._parts)]
-        if addresses == self._addresses:
+        try:
+            addresses = [*map(_DATA_PTR, self._parts)], [*map(_DTYPE, self._parts)]
+        except (TypeError, RuntimeError):  # a subclass that has no memory of its own: asked each time
+            addresses = None
+        if addresses is not None and addresses == self._addresses:
             return True
         forms = [(part.dtype, part.device, part.shape, part.stride()) for part in self._parts]
         self._forms = self._forms or forms

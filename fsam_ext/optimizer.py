@@ -38,7 +38,6 @@ from .segments import Guards, Segment, same_objects
 # breaks its graph at the methods that torch._disable_dynamo marks, as at those of torch's own Optimizer; it compiles a
 # model that a closure calls as ever.
 
-
 PERTURB_EPS = 1e-12
 
 
