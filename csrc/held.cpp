@@ -2,6 +2,7 @@
 
 #include "held.h"
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -20,24 +21,26 @@ const void* address_of(AtenTensorHandle tensor) {
   return layout == aoti_torch_layout_strided() ? ListedTensor(tensor).data_ptr() : nullptr;
 }
 
-// Whether a gradient's values can be read from memory as they are. One that a subclass holds, that is zero without
-// memory, or whose sign is yet to be changed goes to the ops in a list, where the dispatcher makes it plain.
-bool is_plain(AtenTensorHandle grad) {
-  return (address_of(grad) || ListedTensor(grad).numel() == 0) && !fsam_is_negated(grad);
-}
+// Where a parameter's gradient lies.
+struct Gradient {
+  const void* address = nullptr;
+  // Whether there is one whose values can be read from memory as they are. One that a subclass holds, that is zero
+  // without memory, or whose sign is yet to be changed goes to the ops in a list, where the dispatcher makes it plain.
+  bool plain = false;
+
+  explicit Gradient(AtenTensorHandle param) {
+    if (const AtenTensorHandle grad = grad_of(param)) {
+      address = address_of(grad);
+      plain = (address || ListedTensor(grad).numel() == 0) && !fsam_is_negated(grad);
+    }
+  }
+};
 
 // Where a parameter and its gradient lie.
 struct Addresses {
   const void* param;
-  const void* grad = nullptr;
-  bool has_grad = false;
+  const void* grad;
 
-  explicit Addresses(AtenTensorHandle tensor) : param(address_of(tensor)) {
-    if (const AtenTensorHandle handle = grad_of(tensor)) {
-      grad = address_of(handle);
-      has_grad = is_plain(handle);
-    }
-  }
   bool operator==(const Addresses&) const = default;
 };
 
@@ -45,16 +48,17 @@ struct Addresses {
 class Forms {
  public:
   void add(ListedTensor tensor) {
+    starts_.push_back(numbers_.size());
     visit(tensor, [this](int64_t number) {
       numbers_.push_back(number);
       return true;
     });
   }
 
-  // A walk over the tensors in the order in which they were added.
+  // A walk over the tensors in the order in which they were added, from the one numbered `first` on.
   class Walk {
    public:
-    explicit Walk(const Forms& forms) : next_(forms.numbers_.data()) {}
+    Walk(const Forms& forms, int64_t first) : next_(forms.numbers_.data() + forms.starts_[first]) {}
     // Whether the next tensor has the form it had.
     bool holds(ListedTensor tensor) {
       return visit(tensor, [this](int64_t number) { return number == *next_++; });
@@ -68,14 +72,16 @@ class Forms {
   // The number of dimensions comes before sizes and strides, so a walk never reads beyond a form.
   template <class Number>
   static bool visit(ListedTensor tensor, const Number& number) {
-    const auto sizes = tensor.sizes(), strides = tensor.strides();
-    if (!number(tensor.dtype()) || !number(tensor.is_cpu()) || !number(tensor.get_device_index())) return false;
-    if (!number(sizes.size())) return false;
-    for (size_t d = 0; d < sizes.size(); ++d)
+    if (!number(tensor.dtype()) || !number(tensor.device_type()) || !number(tensor.get_device_index())) return false;
+    const int64_t dim = tensor.dim();
+    if (!number(dim)) return false;
+    const auto [sizes, strides] = tensor.sizes_and_strides();
+    for (int64_t d = 0; d < dim; ++d)
       if (!number(sizes[d]) || !number(strides[d])) return false;
     return true;
   }
   std::vector<int64_t> numbers_;
+  std::vector<size_t> starts_;
 };
 
 class Held {
@@ -83,46 +89,59 @@ class Held {
   explicit Held(TensorList&& params) : params_(std::move(params)) {
     addresses_.reserve(params_.size());
     for (size_t i = 0; i < params_.size(); ++i) {
-      addresses_.emplace_back(params_[i].get());
+      const AtenTensorHandle param = params_[i].get();
+      addresses_.push_back({address_of(param), Gradient(param).address});
       forms_.add(params_[i]);
+      grads_.push_back(fsam_grad_of(object_of(param)));
     }
-    view_ = {params_.data(), int64_t(params_.size())};
+    view_ = {params_.data(), grads_.data(), params_.size()};
   }
   Held(const Held&) = delete;
 
   bool have_grads() const {
-    Forms::Walk form(forms_);
-    for (size_t i = 0; i < params_.size(); ++i) {
-      fetch_ahead(params_.data(), params_.size(), i);
-      const AtenTensorHandle grad = grad_of(params_[i].get());
-      if (!grad || !is_plain(grad) || !form.holds(params_[i])) return false;
-    }
-    return true;
+    return all([this](size_t i, Forms::Walk& form) {
+      view_.fetch_ahead(i);
+      return Gradient(params_[i].get()).plain && form.holds(params_[i]);
+    });
   }
 
   bool in_place() const {
-    Forms::Walk form(forms_);
-    for (size_t i = 0; i < params_.size(); ++i) {
-      fetch_ahead(params_.data(), params_.size(), i);
-      const Addresses now(params_[i].get());
-      if (now != addresses_[i] || !now.has_grad || !form.holds(params_[i])) return false;
-    }
-    return true;
+    return all([this](size_t i, Forms::Walk& form) {
+      view_.fetch_ahead(i);
+      const AtenTensorHandle param = params_[i].get();
+      const Gradient grad(param);
+      return grad.plain && Addresses{address_of(param), grad.address} == addresses_[i] && form.holds(params_[i]);
+    });
   }
 
   void written() const {
-    for (size_t i = 0; i < params_.size(); ++i) {
-      if (i + kFetchedAhead < params_.size()) fetch_links(params_[i + kFetchedAhead].get());
-      fsam_bump_version(params_[i].get());
-    }
+    for_tensors(params_.size(), [this](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        if (i + kFetchedAhead < params_.size()) fetch_links(params_[i + kFetchedAhead].get());
+        fsam_bump_version(params_[i].get());
+      }
+    });
   }
 
   const HeldParameters* view() const { return &view_; }
 
  private:
+  // Whether holds(i, form) is true of each tensor.
+  template <class Holds>
+  bool all(const Holds& holds) const {
+    std::atomic<bool> result = true;
+    for_tensors(params_.size(), [&](int64_t first, int64_t last) {
+      Forms::Walk form(forms_, first);
+      for (int64_t i = first; i < last; ++i)
+        if (!holds(i, form)) return result.store(false, std::memory_order_relaxed);
+    });
+    return result;
+  }
+
   TensorList params_;
   std::vector<Addresses> addresses_;
   Forms forms_;
+  std::vector<AtenTensorHandle> grads_;
   HeldParameters view_;
 };
 

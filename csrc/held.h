@@ -41,17 +41,22 @@ inline AtenTensorHandle grad_of(AtenTensorHandle tensor) {
   return defined ? grad : nullptr;
 }
 
-// Fetches what a look at a parameter and its gradient needs some turns after params[i]:
-// NOTE [tensors are fetched ahead].
-inline void fetch_ahead(const AtenTensorHandle* params, size_t size, size_t i) {
-  if (i + 2 * kFetchedAhead < size) fetch(params[i + 2 * kFetchedAhead]);
-  if (i + kFetchedAhead < size) fetch(fsam_grad_of(object_of(params[i + kFetchedAhead])));
-}
-
 // What the library that holds parameters tells the others of them: plain data, because they may be compiled apart.
 struct HeldParameters {
   const AtenTensorHandle* params;
-  int64_t size;
+  // Where each one's gradient was kept when it was held. Only to be fetched: nobody knows whether it is still there.
+  const AtenTensorHandle* grads;
+  size_t size;
+
+  // To be called before parameter i and its gradient are looked at. Each turn asks for the next link of a chain that it
+  // may only follow once the one before has come: NOTE [tensors are fetched ahead].
+  void fetch_ahead(size_t i) const {
+    if (i + 2 * kFetchedAhead < size) {
+      fetch(params[i + 2 * kFetchedAhead]);
+      __builtin_prefetch(grads[i + 2 * kFetchedAhead]);
+    }
+    if (i + kFetchedAhead < size) fetch(fsam_grad_of(object_of(params[i + kFetchedAhead])));
+  }
 };
 
 }  // namespace fsam

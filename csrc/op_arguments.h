@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <vector>
@@ -110,18 +111,17 @@ class Rows {
     if (size_ > 0 || offsets.numel() == 0) return;
     StableIValue argument = torch::stable::detail::from(offsets);
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fsam_ext::held_parameters", "", &argument, TORCH_ABI_VERSION));
-    const auto* held = reinterpret_cast<const HeldParameters*>(torch::stable::detail::to<int64_t>(argument));
-    if (!held) return;
-    params_ = held->params;
-    size_ = held->size;
-    held_ = true;
+    held_ = reinterpret_cast<const HeldParameters*>(torch::stable::detail::to<int64_t>(argument));
+    if (!held_) return;
+    params_ = held_->params;
+    size_ = held_->size;
   }
 
   size_t size() const { return size_; }
   // To be called before row i is looked at.
   void fetch_ahead(size_t i) const {
     if (held_) {
-      fsam::fetch_ahead(params_, size_, i);
+      held_->fetch_ahead(i);
     } else if (i + kFetchedAhead < size_) {
       fetch(params_[i + kFetchedAhead]);
       if (grads_) fetch(grads_[i + kFetchedAhead]);
@@ -139,7 +139,7 @@ class Rows {
   const AtenTensorHandle* params_;
   size_t size_;
   const AtenTensorHandle* grads_;
-  bool held_ = false;
+  const HeldParameters* held_ = nullptr;
 };
 
 // The rows of a call, and what must live as long as they are in use.
@@ -172,13 +172,13 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
 
   Arguments result;
   if (rows.size() == 0) return result;
-  result.table.rows.reserve(rows.size());
   const int64_t* offset = static_cast<const int64_t*>(offsets.data_ptr());
   result.dtype = dtype_of(rows.param(0));
   result.place = {rows.param(0).is_cpu(), rows.param(0).get_device_index()};
   STD_TORCH_CHECK(result.place.on_cpu == on_cpu,
                   "fsam_ext: params[0] is on another device than the backend that was called serves");
-  for (size_t i = 0; i < rows.size(); ++i) {
+  // Row i, checked. Its gradient is still to be found where it lies in another order.
+  const auto row = [&](size_t i) -> Row {
     rows.fetch_ahead(i);
     const ListedTensor param = rows.param(i);
     check_strided(param, "params", i);
@@ -187,30 +187,42 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
     STD_TORCH_CHECK(is_dense(param), "fsam_ext: params[", i,
                     "] has gaps or overlaps in memory; only dense strides are supported: call "
                     ".contiguous() on it");
-    const void* grad_data = nullptr;
-    if (grads) {
-      const ListedTensor grad = rows.grad(i);
-      check_strided(grad, "grads", i);
-      STD_TORCH_CHECK(dtype_of(grad) == result.dtype, "fsam_ext: grads[", i,
-                      "] has another dtype than its parameter; convert it");
-      STD_TORCH_CHECK(result.place.holds(grad), "fsam_ext: grads[", i,
-                      "] is on another device than its parameter; move it");
-      STD_TORCH_CHECK(same_sizes(param, grad), "fsam_ext: grads[", i, "] has another shape than its parameter");
-      STD_TORCH_CHECK(grad.data_ptr() || grad.numel() == 0, "fsam_ext: grads[", i,
-                      "] has no memory of its own; give its values to the op");
-      if (same_order(param, grad)) {
-        grad_data = grad.data_ptr();
-      } else {
-        Tensor copy = torch::stable::empty_like(param.owned());
-        torch::stable::copy_(copy, grad.owned());
-        grad_data = copy.data_ptr();
-        result.reordered_grads.push_back(std::move(copy));
-      }
-    }
     STD_TORCH_CHECK(offset[i] >= 0, "fsam_ext: offsets must not be negative");
-    result.flat_numel = std::max(result.flat_numel, offset[i] + param.numel());
-    result.table.add(param.data_ptr(), grad_data, param.numel(), offset[i]);
+    Row row{param.data_ptr(), nullptr, param.numel(), offset[i], 0};
+    if (!grads) return row;
+    const ListedTensor grad = rows.grad(i);
+    check_strided(grad, "grads", i);
+    STD_TORCH_CHECK(dtype_of(grad) == result.dtype, "fsam_ext: grads[", i,
+                    "] has another dtype than its parameter; convert it");
+    STD_TORCH_CHECK(result.place.holds(grad), "fsam_ext: grads[", i,
+                    "] is on another device than its parameter; move it");
+    STD_TORCH_CHECK(same_sizes(param, grad), "fsam_ext: grads[", i, "] has another shape than its parameter");
+    STD_TORCH_CHECK(grad.data_ptr() || grad.numel() == 0, "fsam_ext: grads[", i,
+                    "] has no memory of its own; give its values to the op");
+    if (same_order(param, grad)) row.grad = grad.data_ptr();
+    return row;
+  };
+  result.table.rows.resize(rows.size());
+  std::atomic<bool> refused = false;
+  for_tensors(rows.size(), [&](int64_t first, int64_t last) {
+    try {
+      for (int64_t i = first; i < last; ++i) result.table.rows[i] = row(i);
+    } catch (...) {  // is thrown again below: for the first row that is refused, and to the caller
+      refused = true;
+    }
+  });
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (refused) row(i);
+    Row& found = result.table.rows[i];
+    if (grads && !found.grad && found.numel > 0) {
+      Tensor copy = torch::stable::empty_like(rows.param(i).owned());
+      torch::stable::copy_(copy, rows.grad(i).owned());
+      found.grad = copy.data_ptr();
+      result.reordered_grads.push_back(std::move(copy));
+    }
+    result.flat_numel = std::max(result.flat_numel, found.offset + found.numel);
   }
+  result.table.number_chunks();
   return result;
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <utility>
@@ -31,6 +32,15 @@ inline void fetch(AtenTensorHandle tensor) {
   for (int line = 0; line < 4; ++line) __builtin_prefetch(object_of(tensor) + 64 * line);
 }
 
+// Calls visit(first, last) for parts of a list of tensors, on torch's threads: they wait for memory side by side. Fewer
+// tensors than this are not worth waking one for. No Python and no dispatcher in there: threads have their own state.
+constexpr int64_t kTensorsPerTask = 256;
+
+template <class Visit>
+void for_tensors(int64_t size, const Visit& visit) {
+  torch::stable::parallel_for(0, size, kTensorsPerTask, visit);
+}
+
 // One tensor of a list: valid as long as the list.
 class ListedTensor {
  public:
@@ -43,12 +53,17 @@ class ListedTensor {
   int32_t dtype() const { return ask<int32_t>(aoti_torch_get_dtype); }
   void* data_ptr() const { return ask<void*>(aoti_torch_get_data_ptr); }
   int32_t get_device_index() const { return ask<int32_t>(aoti_torch_get_device_index); }
-  bool is_cpu() const { return ask<int32_t>(aoti_torch_get_device_type) == aoti_torch_device_type_cpu(); }
+  int32_t device_type() const { return ask<int32_t>(aoti_torch_get_device_type); }
+  bool is_cpu() const { return device_type() == aoti_torch_device_type_cpu(); }
   torch::headeronly::IntHeaderOnlyArrayRef sizes() const {
     return {ask<int64_t*>(aoti_torch_get_sizes), size_t(dim())};
   }
   torch::headeronly::IntHeaderOnlyArrayRef strides() const {
     return {ask<int64_t*>(aoti_torch_get_strides), size_t(dim())};
+  }
+  // dim() numbers each.
+  std::pair<const int64_t*, const int64_t*> sizes_and_strides() const {
+    return {ask<int64_t*>(aoti_torch_get_sizes), ask<int64_t*>(aoti_torch_get_strides)};
   }
   torch::stable::Tensor owned() const {
     AtenTensorHandle copy;

@@ -28,10 +28,13 @@ struct TensorTable {
   int64_t chunks = 0;
   int64_t numel = 0;
 
-  void add(void* param, const void* grad, int64_t numel_, int64_t offset) {
-    rows.push_back({param, grad, numel_, offset, chunks});
-    chunks += (numel_ + kChunk - 1) / kChunk;
-    numel += numel_;
+  // To be called once all rows are there.
+  void number_chunks() {
+    for (Row& row : rows) {
+      row.first_chunk = chunks;
+      chunks += (row.numel + kChunk - 1) / kChunk;
+      numel += row.numel;
+    }
   }
 
   // Calls visit(row, begin, end) for the elements that the chunks [first, last) cover, row by row.

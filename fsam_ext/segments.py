@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from . import ops
 from .distributed import GatheredCopies, local, local_grads
@@ -19,9 +19,26 @@ _VERSION = Tensor._version.__get__
 _REQUIRES_GRAD = Tensor.requires_grad.__get__
 
 
+class _Different(Exception):
+    pass
+
+
+class _Unasked(TorchFunctionMode):
+    def __torch_function__(self, *args: Any) -> None:
+        raise _Different
+
+
 def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two lists hold the same objects in the same order."""
-    return len(a) == len(b) and all(map(is_, a, b))
+    """Whether two lists hold the same objects in the same order.
+
+    Lists compare an object with itself without asking it, twenty times faster than a loop. Where two tensors differ
+    they would be asked, and answer for their values: then it is known already.
+    """
+    try:
+        with _Unasked():
+            return a == b if type(a) is type(b) else list(a) == list(b)
+    except _Different:
+        return False
 
 
 class Guards(NamedTuple):

@@ -41,6 +41,29 @@ def step(optimizer, *gradients: float | torch.Tensor) -> None:
 # ---- Parameters ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shape", ((), (1,), (3,)))
+@pytest.mark.parametrize("edit", ("replaced", "exchanged", "removed"))
+def test_a_parameter_like_the_one_before_is_another_one(shape, edit):
+    """Lists of parameters are compared as objects: equal values do not make equal tensors."""
+    params = [Parameter(torch.ones(shape)) for _ in range(3)]
+    optimizer = FriendlySAM(params, rho=0.0, lr=1.0, momentum=0.5)
+    step(optimizer, 1.0, 2.0, 4.0)
+    listed = optimizer.param_groups[0]["params"]
+    if edit == "replaced":
+        other = listed[1] = Parameter(params[1].detach().clone())
+        step(optimizer, 1.0, 2.0, 4.0)
+        assert params[1].eq(-1).all() and other.eq(-3).all()
+        assert optimizer.state[other]["momentum_buffer"].eq(2).all()
+    elif edit == "exchanged":
+        listed.reverse()
+        step(optimizer, 4.0, 2.0, 1.0)
+        assert params[0].eq(-1.5).all() and params[2].eq(-9).all()
+    else:
+        del listed[1]
+        step(optimizer, 1.0, 4.0)
+        assert params[1].eq(-1).all() and params[2].eq(-9).all()
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
 @pytest.mark.parametrize("base, kwargs", [(SGD, {"momentum": 0.5}), (AdamW, {"weight_decay": 0.0})])
 def test_a_cast_between_steps_keeps_weights_and_state(dtype, base, kwargs):

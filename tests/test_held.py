@@ -26,11 +26,24 @@ def key(count: int = 1) -> torch.Tensor:
     return torch.arange(count, dtype=torch.int64)
 
 
-def parameters(with_grads: bool = True) -> list[Parameter]:
-    params = [Parameter(torch.randn(shape)) for shape in ((3, 5), (), (0,), (7,))]
+def parameters(with_grads: bool = True, copies: int = 1) -> list[Parameter]:
+    params = [Parameter(torch.randn(shape)) for shape in ((3, 5), (), (0,), (7,)) * copies]
     for param in params:
         param.grad = torch.randn(param.shape) if with_grads else None
     return params
+
+
+def some_of(count: int, chosen: int) -> list[int]:
+    return torch.randperm(count)[:chosen].tolist()
+
+
+@pytest.fixture
+def three_threads():
+    """Among which the looks share more than 256 tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("look", LOOKS)
@@ -71,6 +84,24 @@ class TestLook:
         with torch.no_grad():
             param.set_(data.clone())
         assert not looked.in_place()
+
+    @pytest.mark.usefixtures("three_threads")
+    def test_one_among_many_is_noticed(self, look):
+        params = parameters(copies=300)
+        looked = LOOKS[look](params, key())
+        for param in (params[0], params[-1], *(params[i] for i in some_of(len(params), 20))):
+            assert looked.have_grads() and looked.in_place()
+            param.grad, grad = None, param.grad
+            assert not looked.have_grads() and not looked.in_place()
+            param.grad = grad
+            if param.dim():
+                data = param.data
+                param.data = data.flatten().clone()[:, None]
+                assert not looked.have_grads() or param.numel() == 0 and look == "listed"
+                param.data = data
+        versions = [param._version for param in params]
+        looked.written()
+        assert [param._version for param in params] == [version + 1 for version in versions]
 
     def test_a_sparse_gradient_is_in_no_place(self, look):
         params = parameters()
@@ -174,6 +205,40 @@ def test_a_bad_gradient_is_named_and_nothing_changes():
     with pytest.raises((RuntimeError, TypeError), match=r"4\.weight.*sparse"):
         optimizer.first_step()
     assert all(map(identical, before, model.parameters()))
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("hold", (False, True))
+@pytest.mark.parametrize("name", ("cpu", "cuda_emulated"))
+def test_many_rows_are_each_checked_and_none_is_mixed_up(name, hold):
+    """Threads share the look at them: the first misfit is named, and a row gets its own gradient in its own order."""
+    shapes = [(3, 1 + i % 7) for i in range(1500)]
+    params = [torch.randn(shape) for shape in shapes]
+    grads = [torch.randn(shape) for shape in shapes]
+    for i in some_of(1500, 300):
+        grads[i] = grads[i].t().contiguous().t()
+    for param, grad in zip(params, grads):
+        param.grad = grad
+    offsets = 32 * key(1500)
+    look = held.look_at(params, offsets) if hold else None
+    lists = ([], []) if hold else (params, grads)
+
+    def step(lists):
+        BACKENDS[name]().restore_sgd(*lists, offsets, *[None] * 5, 0.5, None, 0.0, 0.0, 0.0, False, False, None)
+
+    before = [param.clone() for param in params]
+    step(lists)
+    for param, old, grad in zip(params, before, grads):
+        assert identical(param, old - 0.5 * grad)
+
+    before = [param.clone() for param in params]
+    wrong = sorted(some_of(1500, 3))
+    for i in wrong:
+        grads[i].resize_(1)
+    with pytest.raises(RuntimeError, match=rf"grads\[{wrong[0]}\] has another shape"):
+        step(lists)
+    assert all(map(identical, params, before))
+    del look
 
 
 def test_ops_say_what_is_missing():
