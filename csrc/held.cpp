@@ -23,16 +23,16 @@ const void* address_of(AtenTensorHandle tensor) {
 
 // Where a parameter's gradient lies.
 struct Gradient {
+  AtenTensorHandle handle;
   const void* address = nullptr;
   // Whether there is one whose values can be read from memory as they are. One that a subclass holds, that is zero
   // without memory, or whose sign is yet to be changed goes to the ops in a list, where the dispatcher makes it plain.
   bool plain = false;
 
-  explicit Gradient(AtenTensorHandle param) {
-    if (const AtenTensorHandle grad = grad_of(param)) {
-      address = address_of(grad);
-      plain = (address || ListedTensor(grad).numel() == 0) && !fsam_is_negated(grad);
-    }
+  explicit Gradient(AtenTensorHandle param) : handle(grad_of(param)) {
+    if (handle == nullptr) return;
+    address = address_of(handle);
+    plain = (address || ListedTensor(handle).numel() == 0) && !fsam_is_negated(handle);
   }
 };
 
@@ -98,6 +98,13 @@ class Held {
   }
   Held(const Held&) = delete;
 
+  bool have_their_forms(bool in_place) const {
+    return all([this, in_place](size_t i, Forms::Walk& form) {
+      if (i + kFetchedAhead < params_.size()) fetch(params_[i + kFetchedAhead].get());
+      return (!in_place || address_of(params_[i].get()) == addresses_[i].param) && form.holds(params_[i]);
+    });
+  }
+
   bool have_grads() const {
     return all([this](size_t i, Forms::Walk& form) {
       view_.fetch_ahead(i);
@@ -110,7 +117,8 @@ class Held {
       view_.fetch_ahead(i);
       const AtenTensorHandle param = params_[i].get();
       const Gradient grad(param);
-      return grad.plain && Addresses{address_of(param), grad.address} == addresses_[i] && form.holds(params_[i]);
+      return grad.plain && Addresses{address_of(param), grad.address} == addresses_[i] && form.holds(params_[i]) &&
+             same_sizes(params_[i], ListedTensor(grad.handle)) && same_order(params_[i], ListedTensor(grad.handle));
     });
   }
 
@@ -184,6 +192,9 @@ void release(int64_t address) {
   held_by_offsets.erase(found);
 }
 
+bool have_their_forms(const Tensor& offsets, bool in_place) {
+  return held_under(offsets)->have_their_forms(in_place);
+}
 bool have_grads(const Tensor& offsets) {
   return held_under(offsets)->have_grads();
 }
@@ -205,6 +216,7 @@ FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("can_hold", TORCH_BOX(&fsam::can_hold));
   m.impl("hold", TORCH_BOX(&fsam::hold));
   m.impl("release", TORCH_BOX(&fsam::release));
+  m.impl("have_their_forms", TORCH_BOX(&fsam::have_their_forms));
   m.impl("have_grads", TORCH_BOX(&fsam::have_grads));
   m.impl("in_place", TORCH_BOX(&fsam::in_place));
   m.impl("written", TORCH_BOX(&fsam::written));

@@ -77,21 +77,6 @@ inline bool is_dense(ListedTensor tensor) {
   return true;
 }
 
-inline bool same_sizes(ListedTensor a, ListedTensor b) {
-  const auto x = a.sizes(), y = b.sizes();
-  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
-}
-
-// Whether equal positions in memory hold equal indices. A stride along a dimension of size 1 means
-// nothing.
-inline bool same_order(ListedTensor a, ListedTensor b) {
-  if (a.is_contiguous() && b.is_contiguous()) return true;
-  const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
-  for (size_t d = 0; d < sizes.size(); ++d)
-    if (sizes[d] != 1 && x[d] != y[d]) return false;
-  return true;
-}
-
 // Where the tensors of a call are.
 struct Place {
   bool on_cpu;
@@ -187,6 +172,8 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
     STD_TORCH_CHECK(is_dense(param), "fsam_ext: params[", i,
                     "] has gaps or overlaps in memory; only dense strides are supported: call "
                     ".contiguous() on it");
+    STD_TORCH_CHECK(param.data_ptr() || param.numel() == 0, "fsam_ext: params[", i,
+                    "] has no memory of its own; materialise it");
     STD_TORCH_CHECK(offset[i] >= 0, "fsam_ext: offsets must not be negative");
     Row row{param.data_ptr(), nullptr, param.numel(), offset[i], 0};
     if (!grads) return row;
@@ -212,8 +199,8 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
     }
   });
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (refused) row(i);
     Row& found = result.table.rows[i];
+    if (refused) found = row(i);
     if (grads && !found.grad && found.numel > 0) {
       Tensor copy = torch::stable::empty_like(rows.param(i).owned());
       torch::stable::copy_(copy, rows.grad(i).owned());

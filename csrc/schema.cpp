@@ -54,7 +54,9 @@ FSAM_LIBRARY(FSAM_NAMESPACE, m) {
   m.def("can_hold() -> bool");
   m.def("hold(Tensor[] params, Tensor offsets) -> ()");
   m.def("release(int address) -> ()");
-  // Whether each has a gradient; whether each and its gradient have the addresses that they had when they were held.
+  // Whether each is laid out as it was when it was held (and where, if asked); has a gradient as well; and both lie
+  // where they did, in one order.
+  m.def("have_their_forms(Tensor offsets, bool in_place) -> bool");
   m.def("have_grads(Tensor offsets) -> bool");
   m.def("in_place(Tensor offsets) -> bool");
   // Tells autograd that the parameters were written to.

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -80,6 +81,21 @@ class ListedTensor {
   }
   AtenTensorHandle handle_;
 };
+
+inline bool same_sizes(ListedTensor a, ListedTensor b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
+// Whether equal positions in memory hold equal indices. A stride along a dimension of size 1 means
+// nothing.
+inline bool same_order(ListedTensor a, ListedTensor b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1 && x[d] != y[d]) return false;
+  return true;
+}
 
 class TensorList {
  public:

@@ -62,9 +62,9 @@ def in_our_names(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     }
 
 
-def _is_unset(value: Any) -> bool:
-    """Whether a state has seen no gradient: csrc/formulas.h, NOTE [an unset state is NaN]."""
-    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0 and bool(value.isnan().all())
+def _is_unset(name: str, value: Any) -> bool:
+    """Whether this is momentum that has seen no gradient: csrc/formulas.h, NOTE [an unset state is NaN]."""
+    return name == "momentum_buffer" and isinstance(value, Tensor) and value.numel() > 0 and bool(value.isnan().all())
 
 
 def to_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def to_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
     check_form(state_dict)
     own = (*NAMES, STEP, FORMAT)
     state = {
-        key: {name: value for name, value in entry.items() if name not in OWN_STATE and not _is_unset(value)}
+        key: {name: value for name, value in entry.items() if name not in OWN_STATE and not _is_unset(name, value)}
         for key, entry in in_our_names(state_dict["state"]).items()
     }
     return {

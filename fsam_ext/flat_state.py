@@ -6,6 +6,7 @@ are views that checkpoints and users read as ever.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -140,6 +141,17 @@ class FlatState:
             first = offset // QUANTIZED
             return self.buffers[name][first : first + count_blocks(param.numel())]
         return memory_view(self.buffers[name], offset, local(param))
+
+    def saved_view(self, param: Tensor) -> Tensor:
+        """The weights that a parameter is restored to, in the form that it had when it got its slice."""
+        shape, stride = self._form[param]
+        buffer = self.buffers[self.saved]
+        return buffer.as_strided(shape, stride, buffer.storage_offset() + self.offset[param])
+
+    def is_mostly_unused(self, params: Iterable[Tensor]) -> bool:
+        """Whether less than half of the layout is of ``params``: the others are gone, or have another slice now."""
+        used = [math.prod(self._form[param][0]) for param in params if param in self._form]
+        return self.numel > 2 * sum(aligned_numel(numel, self.dtype, self.quantized) for numel in used)
 
     def publish(
         self,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .distributed import Describe, local
 from .flat_state import aligned_numel, empty_flat, memory_view
 
 
@@ -50,6 +52,7 @@ class FlatParameters:
             self.grad is not None
             and param.grad is not None
             and param.grad.dtype == self.grad.dtype
+            and (param.grad.shape, param.grad.stride()) == (param.shape, param.stride())
             and param.grad.data_ptr() == self._address(self.grad, param)
         )
 
@@ -126,7 +129,8 @@ def flatten_parameters(module: nn.Module, grads: bool = False) -> list[FlatParam
 
     Raises:
         TypeError: a parameter is no plain tensor (a DTensor, say).
-        ValueError: a parameter is on the meta device, sparse, or has gaps or overlaps in memory.
+        ValueError: a parameter is on the meta device, sparse, has gaps or overlaps in memory, or shares
+            it with another.
     """
     kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
     for name, param in module.named_parameters():
@@ -148,6 +152,9 @@ def flatten_parameters(module: nn.Module, grads: bool = False) -> list[FlatParam
                 "or overlaps in memory; call .contiguous() on it"
             )
         kinds.setdefault((param.dtype, param.device), []).append(param)
+    names = {param: f"parameter '{name}'" for name, param in module.named_parameters()}
+    for params in kinds.values():
+        check_disjoint(params, names.__getitem__)
     return [FlatParameters(params, grads) for params in kinds.values()]
 
 
@@ -161,3 +168,26 @@ def is_dense(tensor: Tensor) -> bool:
             return tensor.numel() == 0
         expected *= size
     return True
+
+
+def _address(tensor: Tensor) -> int:
+    """0 for subclasses that have no memory of their own."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def check_disjoint(params: Sequence[Tensor], describe: Describe) -> None:
+    """Raises ValueError for two parameters over the same memory: the second backup would be of perturbed weights."""
+    ranges = sorted(
+        (begin, begin + part.numel() * part.element_size(), i)
+        for i, part in enumerate(map(local, params))
+        if part.numel() > 0 and (begin := _address(part))
+    )
+    for (_, end, first), (begin, _, second) in pairwise(ranges):
+        if begin < end:
+            raise ValueError(
+                f"{describe(params[first])} and {describe(params[second])} share memory, so neither could be restored; "
+                "tie weights by using one Parameter in both places"
+            )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import repeat
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ NEWEST_TORCH = (2, 14)
 
 # A descriptor called by map() costs a third of an attribute in a loop.
 _GRAD = Tensor.grad.__get__
-_DTYPE = Tensor.dtype.__get__
+_FORM = (Tensor.dtype.__get__, Tensor.device.__get__, Tensor.shape.__get__, Tensor.stride)
 _DATA_PTR = Tensor.data_ptr
 
 
@@ -34,24 +35,17 @@ class Listed:
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = params
         self._parts = list(map(local, params))
-        self._addresses = self._forms = None
-        self._have_their_forms()
+        self._forms = self._find_forms()
         self._places = self._find()
 
-    def _have_their_forms(self) -> bool:
-        """Whether dtype, device, shape and strides are what they were. Asked where memory has moved, which is cheap."""
-        try:
-            addresses = [*map(_DATA_PTR, self._parts)], [*map(_DTYPE, self._parts)]
-        except (TypeError, RuntimeError):  # a subclass that has no memory of its own: asked each time
-            addresses = None
-        if addresses is not None and addresses == self._addresses:
-            return True
-        forms = [(part.dtype, part.device, part.shape, part.stride()) for part in self._parts]
-        self._forms = self._forms or forms
-        if forms != self._forms:
+    def _find_forms(self) -> list[list[Any]]:
+        return [list(map(ask, self._parts)) for ask in _FORM]
+
+    def have_their_forms(self, in_place: bool = False) -> bool:
+        """Whether dtype, device, shape and strides are what they were when this was made, and addresses if asked."""
+        if in_place and (self._places is None or self._places[0] != list(map(_DATA_PTR, self._params))):
             return False
-        self._addresses = addresses
-        return True
+        return self._forms == self._find_forms()
 
     def _find(self) -> tuple[list[int], list[int]] | None:
         try:
@@ -61,11 +55,16 @@ class Listed:
 
     def have_grads(self) -> bool:
         """Whether each parameter has a gradient, and the form that it had when this was made."""
-        return not any(map(is_, map(_GRAD, self._params), repeat(None))) and self._have_their_forms()
+        return not any(map(is_, map(_GRAD, self._params), repeat(None))) and self.have_their_forms()
 
     def in_place(self) -> bool:
-        """Whether each parameter and its gradient lie where they did when this was made."""
-        return self._places is not None and self._places == self._find() and self._have_their_forms()
+        """Whether each parameter and its gradient lie where they did when this was made, in the same order."""
+        if self._places is None or self._places != self._find() or not self.have_their_forms():
+            return False
+        grads = current_grads(self._params)
+        return all(
+            list(map(ask, grads)) == list(map(ask, self._params)) for ask in (Tensor.shape.__get__, Tensor.stride)
+        )
 
     def written(self) -> None:
         """Tells autograd that the parameters were written to."""
@@ -82,6 +81,7 @@ class Held:
         namespace = torch.ops.fsam_ext
         namespace.hold(params, key)
         weakref.finalize(self, namespace.release.default, key.data_ptr()).atexit = False
+        self.have_their_forms = partial(namespace.have_their_forms.default, key)
         self.have_grads = partial(namespace.have_grads.default, key)
         self.in_place = partial(namespace.in_place.default, key)
         self.written = partial(namespace.written.default, key)
@@ -105,7 +105,9 @@ _REASON = unavailable()
 
 def _is_plain(grad: Tensor) -> bool:
     """Whether a gradient's values are in its memory as they are, with no sign or zeros that are yet to be written."""
-    return type(grad) in PLAIN and not grad.is_neg() and not grad._is_zerotensor()
+    if type(grad) not in PLAIN or grad.is_neg() or grad._is_zerotensor():
+        return False
+    return grad.layout == torch.strided and (grad.numel() == 0 or grad.data_ptr() != 0)
 
 
 def look_at(params: Sequence[Tensor], key: Tensor) -> Held | Listed:

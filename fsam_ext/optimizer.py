@@ -19,19 +19,18 @@ from .base_update import GenericBase, base_defaults, fused_base, host_may_read, 
 from .diagnostics import EffectWatch, effective_norm_and_cosine, total_effect
 from .distributed import Sharding
 from .flat_state import FlatState
-from .flatten import REGISTRY, FlatParameters
+from .flatten import REGISTRY, FlatParameters, check_disjoint
 from .options import (
     FORMAT,
     LOW_PRECISION,
     STEP,
-    check_disjoint,
     check_gradient,
     check_options,
     check_parameter,
     uses_ema,
 )
 from .schedule import Boundary, Schedule
-from .segments import Guards, Segment, same_objects
+from .segments import Guards, KnownTensors, Segment, same_objects
 
 # NOTE [steps are not compiled]
 # A step is op calls that are fused already, around state that a graph cannot hold. torch.compile of a training step
@@ -207,7 +206,7 @@ class FriendlySAM(Optimizer):
         self._meshes: dict[int, tuple[list[Tensor], dict[Any, torch.device]]] = {}
         self._rounding: dict[torch.device, Tensor] = {}
         self._segments: dict[int, tuple[list[Segment], tuple[Any, ...]]] = {}
-        self._known_state: tuple[Any, int] = (None, 0)
+        self._known_state: tuple[Any, ...] | None = None
         self._record: list[Segment] = []
         self._totals: dict[torch.device, Tensor] = {}
         self._stats: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
@@ -293,7 +292,6 @@ class FriendlySAM(Optimizer):
                     checkpoints.check_shapes(self.state[param], param, self._describe)
                     if uses_ema(group):
                         checkpoints.convert(self.state[param], param, group)
-            check_disjoint(members, self._describe)
             flat.add(members)
             for name in self._state_names(group, flat):
                 flat.publish(name, members, self.state, starts.get(name))
@@ -326,16 +324,18 @@ class FriendlySAM(Optimizer):
         NOTE [lists are checked, not trusted]
         Frameworks edit ``group["params"]`` and set gradients to None as they like, so every pass compares the lists,
         object by object, with those that the segments were made from. Parameters may be cast or reshaped through
-        ``p.data``; entries of ``state`` may be removed, and then start anew.
+        ``p.data``; tensors in ``state`` may be replaced, and then count, or removed, and then start anew.
         """
-        if self._known_state[0] is not self.state or self._known_state[1] != len(self.state):
+        if self._stage is State.CLEAN and not self._state_is_known():
             self._segments.clear()
-        result = []
+        result, made = [], False
         for number, group in enumerate(self.param_groups):
             structure = self._structure(group)
             segments, known = self._segments.get(number, ([], ()))
             grads = self._current_grads(group, segments) if structure == known else None
             if grads is None:
+                self._restore_recorded()  # while it is known how what was perturbed lay
+                made = True
                 params = [param for param in group["params"] if param.grad is not None]
                 for param in group["params"]:
                     distributed.check_not_replaced(param, self._describe)
@@ -345,8 +345,50 @@ class FriendlySAM(Optimizer):
             result.extend(Participant(group, *pair) for pair in zip(segments, grads, strict=True))
         if any(one.grads is None or one.segment.generation != one.segment.flat.generation for one in result):
             return self._participants()  # a group further down made a buffer grow
-        self._known_state = self.state, len(self.state)
+        if made:
+            if self._stage is State.CLEAN and self._drop_unused():
+                return self._participants()
+            self._check_disjoint(result)
+            self._known_state = self.state, KnownTensors(list(self.state)), self._entries(copied=True)
         return result
+
+    def _entries(self, copied: bool = False) -> list[dict[str, Any]]:
+        """What ``state`` holds of tensors that the flat buffers are behind."""
+        if self._generic is None:
+            return [dict(entry) for entry in self.state.values()] if copied else list(self.state.values())
+        return [{name: entry.get(name) for name in checkpoints.OWN_STATE} for entry in self.state.values()]
+
+    def _state_is_known(self) -> bool:
+        """Whether ``state`` holds the tensors that were put there: segments.py, NOTE [lists compare themselves]."""
+        if self._known_state is None:
+            return not self.state
+        state, params, entries = self._known_state
+        try:
+            return state is self.state and params.are(list(state)) and entries == self._entries()
+        except RuntimeError:
+            return False
+
+    def _drop_unused(self) -> bool:
+        """Gives up flat buffers that are mostly of parameters that are gone; the others move out of them."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        unused = [key for key, flat in self._flats.items() if flat.is_mostly_unused(params)]
+        for key in unused:
+            del self._flats[key]
+        if unused:
+            self._segments.clear()
+        return bool(unused)
+
+    def _check_disjoint(self, participants: list[Participant]) -> None:
+        """Raises ValueError where parameters, of different groups perhaps, lie over the same memory."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for participant in participants:
+            by_device.setdefault(participant.segment.flat.device, []).extend(participant.segment.params)
+        try:
+            for params in by_device.values():
+                check_disjoint(params, self._describe)
+        except ValueError:
+            self._segments.clear()  # or nobody would look at them again
+            raise
 
     def _find_meshes(self) -> dict[Any, torch.device]:
         """All meshes that parameters lie on, gradients or not: distributed.py, NOTE [who takes part in the norm]."""
@@ -767,10 +809,19 @@ class FriendlySAM(Optimizer):
 
     @torch._disable_dynamo
     def _restore_recorded(self) -> None:
-        for segment in self._record:
-            ops.restore(segment.backend, segment.rows, segment.offsets, segment.flat.buffers[segment.flat.saved])
+        record, self._record = self._record, []
+        resized = []
+        for segment in record:
+            if segment.have_their_forms():
+                ops.restore(segment.backend, segment.rows, segment.offsets, segment.flat.buffers[segment.flat.saved])
+            else:
+                resized += segment.restore_one_by_one()
             segment.written()
-        self._record = []
+        if resized:
+            raise RuntimeError(
+                f"{self._describe(resized[0])} was resized while it was perturbed and cannot be restored (all others "
+                "are); resize parameters between steps"
+            )
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -778,10 +829,15 @@ class FriendlySAM(Optimizer):
         """Undoes an ascent: the weights are what they were before it, bit for bit.
 
         For a step that is given up. The average keeps the gradient it has seen. Safe to call at any time.
+
+        Raises:
+            RuntimeError: a parameter was resized while it was perturbed; all others are restored.
         """
-        self._restore_recorded()
-        self._backward_count.forget()
-        self._clean()
+        try:
+            self._restore_recorded()
+        finally:
+            self._backward_count.forget()
+            self._clean()
 
     @contextmanager
     def perturbed(self, zero_grad: bool = True, grad_scaler: Any = None) -> Iterator[None]:

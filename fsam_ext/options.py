@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -105,22 +104,6 @@ def check_parameter(param: Tensor, describe: Describe) -> None:
             f"{describe(param)} has strides {tuple(part.stride())} with gaps or overlaps in memory; "
             "make it contiguous first"
         )
-
-
-def check_disjoint(params: Sequence[Tensor], describe: Describe) -> None:
-    """Raises ValueError for two parameters over the same memory: the second backup would be of perturbed weights."""
-    parts = [distributed.local(param) for param in params]
-    ranges = sorted(
-        (part.data_ptr(), part.data_ptr() + part.numel() * part.element_size(), i)
-        for i, part in enumerate(parts)
-        if part.numel() > 0
-    )
-    for (_, end, first), (begin, _, second) in pairwise(ranges):
-        if begin < end:
-            raise ValueError(
-                f"{describe(params[first])} and {describe(params[second])} share memory, so neither could be restored; "
-                "tie weights by using one Parameter in both places"
-            )
 
 
 def check_group_dtypes(group: dict[str, Any], fused: bool, base: str, describe: Describe) -> None:

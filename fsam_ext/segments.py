@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from . import ops
-from .distributed import GatheredCopies, local, local_grads
+from .distributed import PLAIN, GatheredCopies, local, local_grads
 from .flat_state import FlatState, aligned_numel
 from .flatten import REGISTRY
 from .held import Held, current_grads, look_at
@@ -19,26 +19,33 @@ _VERSION = Tensor._version.__get__
 _REQUIRES_GRAD = Tensor.requires_grad.__get__
 
 
-class _Different(Exception):
-    pass
-
-
-class _Unasked(TorchFunctionMode):
-    def __torch_function__(self, *args: Any) -> None:
-        raise _Different
-
-
 def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two lists hold the same objects in the same order.
+    """Whether two lists hold the same objects in the same order."""
+    return len(a) == len(b) and all(map(is_, a, b))
 
-    Lists compare an object with itself without asking it, twenty times faster than a loop. Where two tensors differ
-    they would be asked, and answer for their values: then it is known already.
-    """
-    try:
-        with _Unasked():
-            return a == b if type(a) is type(b) else list(a) == list(b)
-    except _Different:
-        return False
+
+# NOTE [lists compare themselves]
+# A list takes an object for equal to itself without asking it, twenty times faster than a loop does. Tensors that
+# differ are asked, and answer with a tensor for each element: one of several elements is neither true nor false, which
+# raises. Those of one element answer for their value and have to be compared as objects.
+
+
+class KnownTensors:
+    """A list of tensors, to be compared with the present ones: NOTE [lists compare themselves]."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._single = [i for i, tensor in enumerate(tensors) if tensor.numel() <= 1]
+        self._plain = all(type(tensor) in PLAIN for tensor in tensors)
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``tensors`` are the same objects in the same order."""
+        if not self._plain or type(tensors) is not list:
+            return same_objects(self._tensors, tensors)
+        try:
+            return self._tensors == tensors and all(self._tensors[i] is tensors[i] for i in self._single)
+        except RuntimeError:
+            return False
 
 
 class Guards(NamedTuple):
@@ -87,6 +94,7 @@ class Segment:
         self.backend = backend
         self.flat = flat
         self.params = params
+        self._known = KnownTensors(params)
         self.generation = flat.generation
         self._registry_generation = REGISTRY.generation
         self._sharded = flat.sharding is not None
@@ -120,7 +128,7 @@ class Segment:
 
         The caller drops the list after the pass: a segment that kept it would keep cleared gradients alive.
         """
-        if self.generation != self.flat.generation or not same_objects(self.params, params):
+        if self.generation != self.flat.generation or not self._known.are(params):
             return None
         if self._flat_grads is not None:
             return self._flat_grads if self._look.in_place() else None
@@ -147,6 +155,21 @@ class Segment:
         for grad in grads or ():
             grad.zero_()
         return grads is not None
+
+    def have_their_forms(self) -> bool:
+        """Whether parameters are laid out as they were when this was made, so that the rows describe them."""
+        return self._look.have_their_forms(self._flat_grads is not None)
+
+    def restore_one_by_one(self) -> list[Tensor]:
+        """Restores parameters that were cast, reshaped or moved meanwhile; returns those that were resized."""
+        resized = []
+        for param in self.params:
+            part, saved = local(param), self.flat.saved_view(param)
+            if part.numel() == saved.numel():
+                part.copy_(saved.reshape(part.shape))
+            else:
+                resized.append(param)
+        return resized
 
     def measure_effect(self) -> None:
         """Has pass B count what rounding leaves of the perturbation."""

@@ -15,7 +15,9 @@ from torch.nn import Parameter
 
 from fsam_ext import SAM, FriendlySAM, flatten_parameters, held
 from fsam_ext.checkpoints import to_torch
+from fsam_ext.flatten import check_disjoint
 
+from .conformance import identical
 from .test_optimizer import backward, batches, network
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
@@ -39,6 +41,177 @@ def step(optimizer, *gradients: float | torch.Tensor) -> None:
 
 
 # ---- Parameters ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", (1, 2))
+def test_tied_by_data(groups):
+    a = Parameter(torch.ones(3, 4))
+    b = Parameter(a.data)
+    optimizer = SAM([a, b] if groups == 1 else [{"params": [a]}, {"params": [b]}], rho=0.5, lr=0.0)
+    for _ in range(2):
+        a.grad = b.grad = torch.ones(3, 4)
+        with pytest.raises(ValueError, match="share memory"):
+            optimizer.first_step()
+        assert a.eq(1).all()
+
+
+def test_tied_by_data_is_not_untied_by_flatten_parameters():
+    model = nn.Module()
+    model.a = Parameter(torch.ones(3))
+    model.b = Parameter(model.a.data)
+    with pytest.raises(ValueError, match="parameter 'a' and parameter 'b' share memory"):
+        flatten_parameters(model)
+    assert model.a.data_ptr() == model.b.data_ptr()
+
+
+def test_wrappers_without_memory_share_none():
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    check_disjoint([Wrapper(torch.ones(3)), Wrapper(torch.ones(3))], str)
+
+
+@pytest.mark.parametrize("block", (False, True))
+@pytest.mark.parametrize("flatten", (False, True))
+@pytest.mark.parametrize("masters", (False, True))
+@pytest.mark.parametrize(
+    "change",
+    (
+        lambda p: p.data.to(memory_format=torch.channels_last),
+        lambda p: p.data.flatten().clone(),
+        lambda p: p.data.clone(),
+        lambda p: p.data.double(),
+    ),
+    ids=("order", "shape", "address", "dtype"),
+)
+def test_what_is_changed_while_perturbed_is_restored_all_the_same(change, masters, flatten, block):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(3, 3)).to(torch.bfloat16 if masters else torch.float32)
+    before = [param.detach().clone() for param in model.parameters()]
+    if flatten:
+        flatten_parameters(model, grads=True)
+    optimizer = SAM(model.parameters(), rho=1.0, lr=0.0, master_weights=masters)
+    for _ in range(2):
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer.first_step()
+        assert not identical(before[0], model[0].weight.detach())
+        weight = model[0].weight
+        weight.grad = None
+        weight.data = change(weight)
+        weight.grad = torch.randn_like(weight)
+        if block:  # as `with perturbed():` does at its end
+            optimizer.restore()
+        elif masters and weight.dim() == 1:  # restored, but not updated: its state is for another shape
+            with pytest.raises(RuntimeError, match="state 'master' of parameter 0"):
+                optimizer.second_step()
+        else:
+            optimizer.second_step()
+        assert identical(before[0].flatten().to(weight.dtype), weight.detach().flatten())
+        for old, param in zip(before[1:], [*model.parameters()][1:], strict=True):
+            assert identical(old, param.detach())
+        if masters and weight.dim() == 1:
+            break
+
+
+def test_what_is_resized_while_perturbed_is_named_and_all_others_are_restored():
+    params = [Parameter(torch.full((8,), float(i))) for i in range(3)]
+    optimizer = SAM(params, rho=1.0, lr=1.0)
+    for param in params:
+        param.grad = torch.ones(8)
+    optimizer.first_step()
+    params[1].grad = None
+    params[1].data = torch.cat([params[1].data, torch.zeros(8)])
+    params[1].grad = torch.ones(16)
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0.*\(16,\).* was resized while it was perturbed"):
+        optimizer.second_step()
+    assert params[0].eq(0).all() and params[2].eq(2).all()
+    optimizer.restore()
+    params[1].data, params[1].grad = torch.ones(8), torch.ones(8)
+    step(optimizer, 1.0)
+    assert params[0].eq(-1).all() and params[1].eq(0).all() and params[2].eq(1).all()
+
+
+def test_more_memory_at_the_same_address():
+    memory = torch.zeros(64)
+    a, b = Parameter(memory[:32]), Parameter(torch.full((32,), 5.0))
+    optimizer = SAM([a, b], rho=0.0, lr=1.0)
+    step(optimizer, 0.0)
+    a.grad, a.data = None, memory
+    step(optimizer, 0.0)
+    assert a.eq(0).all() and b.eq(5).all()
+
+
+@pytest.mark.parametrize("flatten", (False, True))
+def test_a_gradient_transposed_in_place_of_the_old_one(flatten):
+    models = [nn.Linear(3, 3, bias=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    if flatten:
+        flatten_parameters(models[0], grads=True)
+    ours = SAM(models[0].parameters(), rho=0.0, lr=1.0, momentum=0.5)
+    torchs = torch.optim.SGD(models[1].parameters(), lr=1.0, momentum=0.5)
+    for _ in range(3):
+        gradient = torch.randn(3, 3)
+        ours.zero_grad()
+        models[0].weight.grad = gradient if models[0].weight.grad is None else models[0].weight.grad.add_(gradient)
+        ours.first_step()
+        models[0].weight.grad = models[0].weight.grad.t()  # the same memory
+        models[1].weight.grad = gradient.t()
+        ours.second_step()
+        torchs.step()
+        assert identical(models[0].weight.detach(), models[1].weight.detach())
+
+
+@pytest.mark.parametrize("flatten", (False, True))
+def test_a_weight_transposed_over_its_own_memory(flatten):
+    models = [nn.Linear(3, 3, bias=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    if flatten:
+        flatten_parameters(models[0], grads=True)
+    ours = SAM(models[0].parameters(), rho=0.0, lr=1.0, momentum=0.5)
+    torchs = torch.optim.SGD(models[1].parameters(), lr=1.0, momentum=0.5)
+    for turn in range(4):
+        gradient = torch.randn(3, 3)
+        for model in models if turn == 2 else ():
+            model.weight.data = model.weight.data.t()
+        for half in (ours.first_step, ours.second_step):
+            ours.zero_grad()
+            (models[0].weight * gradient).sum().backward()
+            half()
+        torchs.zero_grad()
+        (models[1].weight * gradient).sum().backward()
+        torchs.step()
+        assert identical(models[0].weight.detach(), models[1].weight.detach())
+
+
+@pytest.mark.parametrize("change", ("replaced", "reordered"))
+def test_state_does_not_grow_with_what_is_gone(change):
+    """As where points of a scene are added and dropped: state moves on to a new parameter, again and again."""
+    kept = Parameter(torch.zeros(2))
+    group = {"params": [kept, Parameter(torch.randn(4, 3, 3, 3))]}
+    optimizer = FriendlySAM([group], rho=0.1, lr=0.1, momentum=0.9)
+    group = optimizer.param_groups[0]
+    for turn in range(20):
+        for half in (optimizer.first_step, optimizer.second_step):
+            for param in group["params"]:
+                param.grad = torch.ones_like(param)
+            half()
+        (flat,) = optimizer._flats.values()
+        assert flat.numel <= 2 * 160 and len(flat.offset) <= 3
+        expected = optimizer.state[kept]["momentum_buffer"][0]
+        old = group["params"][1]
+        assert optimizer.state[old]["momentum_buffer"].eq(expected).all()
+        if change == "replaced":
+            new = group["params"][1] = Parameter(old.detach().clone())
+            optimizer.state[new] = optimizer.state.pop(old)
+        else:
+            order = torch.channels_last if turn % 2 else torch.contiguous_format
+            old.data = old.data.contiguous(memory_format=order)
 
 
 @pytest.mark.parametrize("shape", ((), (1,), (3,)))
@@ -209,25 +382,33 @@ def test_a_gradient_of_zeros_without_memory():
 # ---- State ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("edit", ("clear", "replace", "pop"))
-def test_removed_state_starts_anew(edit):
+STATE_EDITS = {
+    "all cleared": lambda one, param: one.state.clear(),
+    "all replaced": lambda one, param: setattr(one, "state", defaultdict(dict)),
+    "popped": lambda one, param: one.state.pop(param),
+    "popped and touched": lambda one, param: (one.state.pop(param), one.state[param]),
+    "entry cleared": lambda one, param: one.state[param].clear(),
+    "entry replaced": lambda one, param: one.state.update({param: {}}),
+    "exchanged for another's": lambda one, param: one.state.update({Parameter(torch.ones(4)): one.state.pop(param)}),
+    "tensor removed": lambda one, param: one.state[param].pop("momentum_buffer"),
+    "tensor replaced": lambda one, param: one.state[param].update(momentum_buffer=torch.full((4,), -2.0)),
+}
+
+
+@pytest.mark.parametrize("edit", STATE_EDITS)
+def test_edited_state_is_what_counts(edit):
     ours, theirs = Parameter(torch.ones(4)), Parameter(torch.ones(4))
     optimizer, plain = SAM([ours], SGD, rho=0.0, lr=1.0, momentum=0.9), SGD([theirs], lr=1.0, momentum=0.9)
     for i in range(4):
         if i == 2:
-            for one, param in ((optimizer, ours), (plain, theirs)):
-                if edit == "clear":
-                    one.state.clear()
-                elif edit == "replace":
-                    one.state = defaultdict(dict)
-                else:
-                    one.state.pop(param)
+            STATE_EDITS[edit](optimizer, ours)
+            STATE_EDITS[edit](plain, theirs)
         theirs.grad = torch.ones(4)
         step(optimizer, 1.0)
         plain.step()
     torch.testing.assert_close(ours, theirs)
-    saved = optimizer.state_dict()["state"]
-    torch.testing.assert_close(saved[0]["momentum_buffer"], plain.state[theirs]["momentum_buffer"])
+    saved = optimizer.state[ours]["momentum_buffer"]
+    torch.testing.assert_close(saved, plain.state[theirs]["momentum_buffer"])
 
 
 @pytest.mark.parametrize("before", (None, torch.bfloat16, torch.int8))
@@ -280,6 +461,33 @@ def test_sam_refuses_options_of_the_average(options, message):
 def test_options_that_mean_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         FriendlySAM([Parameter(torch.ones(1))], SGD, lr=0.1, **options)
+
+
+def test_a_gradient_whose_memory_was_given_back_is_refused():
+    w = Parameter(torch.ones(4))
+    optimizer = SAM([w], rho=0.1, lr=1.0)
+    step(optimizer, 1.0)
+    w.grad = torch.ones(4)
+    w.grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"grads\[0\] has no memory of its own"):
+        optimizer.first_step()
+    assert w.eq(0).all()
+    step(optimizer, 1.0)
+    assert w.eq(-1).all()
+
+
+def test_moments_that_are_nan_are_still_state():
+    w = Parameter(torch.ones(4))
+    optimizer = SAM([w], Adam, rho=0.1, lr=1.0)
+    w.grad = torch.ones(4)
+    optimizer.first_step()
+    w.grad = torch.full((4,), float("nan"))
+    optimizer.second_step()
+    exported = to_torch(optimizer.state_dict())
+    assert exported["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    plain = Adam([w])
+    plain.load_state_dict(exported)
+    plain.step()
 
 
 def test_momentum_that_has_seen_nothing_is_not_given_to_plain_torch():
