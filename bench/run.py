@@ -100,7 +100,8 @@ def plan(full: bool, available: dict[str, type[Provider]], compiled_on: Iterable
             case(work, dtype, base, everyone) for work in WORKLOADS.values() for dtype in DTYPES for base in BASES
         ]
     else:
-        cases += [case(WORKLOADS[name], "fp32", "sgd", eager) for name in ("vit_b_16", "one_64m", "llama_shard")]
+        peers = [name for name in eager if available[name].is_fsam]
+        cases += [case(WORKLOADS[name], "fp32", "sgd", peers) for name in ("vit_b_16", "one_64m", "llama_shard")]
         cases += [case(WORKLOADS["gpt2"], "bf16", "sgd", eager)]
     first: dict[tuple[str, str, str], Case] = {}
     for candidate in cases:
