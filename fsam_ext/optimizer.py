@@ -279,19 +279,26 @@ class FriendlySAM(Optimizer):
         ema = () if not uses_ema(group) else ("ema", "ema_scale") if flat.quantized else ("ema",)
         return ema + (("master",) if flat.masters else ()) + (self._fused.state_names(group) if self._fused else ())
 
+    def _check_members(self, group: dict[str, Any]) -> None:
+        """Raises for a parameter, its gradient or its state that cannot be used, before anything changes."""
+        for param in group["params"]:
+            distributed.check_not_replaced(param, self._describe)
+            if param.grad is None:
+                continue
+            check_parameter(param, self._describe)
+            check_gradient(param, self._describe)
+            if param in self.state:
+                checkpoints.check_shapes(self.state[param], param, self._describe)
+
     def _make_segments(self, group: dict[str, Any], params: list[Tensor]) -> list[Segment]:
         """Cuts parameters of one group by dtype and device, and gives each one its state."""
         zero = (lambda param: 0.0) if group["ema"] == "updated" else None
         starts = {"ema": zero, "ema_scale": zero, "master": lambda param: param}
         segments = []
         for flat, members in self._by_kind(group, params).items():
-            for param in members:
-                check_parameter(param, self._describe)
-                check_gradient(param, self._describe)
+            for param in members if uses_ema(group) else ():
                 if param in self.state:
-                    checkpoints.check_shapes(self.state[param], param, self._describe)
-                    if uses_ema(group):
-                        checkpoints.convert(self.state[param], param, group)
+                    checkpoints.convert(self.state[param], param, group)
             flat.add(members)
             for name in self._state_names(group, flat):
                 flat.publish(name, members, self.state, starts.get(name))
@@ -328,24 +335,28 @@ class FriendlySAM(Optimizer):
         """
         if self._stage is State.CLEAN and not self._state_is_known():
             self._segments.clear()
-        result, made = [], False
+        found: dict[int, list[Sequence[Tensor]] | None] = {}
         for number, group in enumerate(self.param_groups):
-            structure = self._structure(group)
-            segments, known = self._segments.get(number, ([], ()))
-            grads = self._current_grads(group, segments) if structure == known else None
-            if grads is None:
-                self._restore_recorded()  # while it is known how what was perturbed lay
-                made = True
-                params = [param for param in group["params"] if param.grad is not None]
-                for param in group["params"]:
-                    distributed.check_not_replaced(param, self._describe)
-                segments = self._make_segments(group, params)
-                self._segments[number] = (segments, structure)
-                grads = [segment.current_grads(segment.params) for segment in segments]
-            result.extend(Participant(group, *pair) for pair in zip(segments, grads, strict=True))
+            segments, structure = self._segments.get(number, ([], ()))
+            found[number] = self._current_grads(group, segments) if structure == self._structure(group) else None
+        stale = [number for number, grads in found.items() if grads is None]
+        if stale:
+            for number in stale:
+                self._check_members(self.param_groups[number])
+            self._restore_recorded()  # while it is known how what was perturbed lay
+        for number in stale:
+            group = self.param_groups[number]
+            segments = self._make_segments(group, [param for param in group["params"] if param.grad is not None])
+            self._segments[number] = (segments, self._structure(group))
+            found[number] = [segment.current_grads(segment.params) for segment in segments]
+        result = [
+            Participant(self.param_groups[number], *pair)
+            for number, grads in found.items()
+            for pair in zip(self._segments[number][0], grads, strict=True)
+        ]
         if any(one.grads is None or one.segment.generation != one.segment.flat.generation for one in result):
-            return self._participants()  # a group further down made a buffer grow
-        if made:
+            return self._participants()  # another group made a buffer grow
+        if stale:
             if self._stage is State.CLEAN and self._drop_unused():
                 return self._participants()
             self._check_disjoint(result)

@@ -107,9 +107,12 @@ def test_what_is_changed_while_perturbed_is_restored_all_the_same(change, master
         weight.grad = torch.randn_like(weight)
         if block:  # as `with perturbed():` does at its end
             optimizer.restore()
-        elif masters and weight.dim() == 1:  # restored, but not updated: its state is for another shape
+        elif masters and weight.dim() == 1:  # its state is for another shape
+            perturbed = weight.detach().clone()
             with pytest.raises(RuntimeError, match="state 'master' of parameter 0"):
                 optimizer.second_step()
+            assert identical(weight.detach(), perturbed)
+            optimizer.restore()
         else:
             optimizer.second_step()
         assert identical(before[0].flatten().to(weight.dtype), weight.detach().flatten())
