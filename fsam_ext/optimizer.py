@@ -366,7 +366,8 @@ class FriendlySAM(Optimizer):
     def _entries(self, copied: bool = False) -> list[dict[str, Any]]:
         """What ``state`` holds of tensors that the flat buffers are behind."""
         if self._generic is None:
-            return [dict(entry) for entry in self.state.values()] if copied else list(self.state.values())
+            entries = list(self.state.values())
+            return [dict(entry) if isinstance(entry, dict) else entry for entry in entries] if copied else entries
         return [{name: entry.get(name) for name in checkpoints.OWN_STATE} for entry in self.state.values()]
 
     def _state_is_known(self) -> bool:

@@ -35,8 +35,9 @@ class KnownTensors:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
-        self._single = [i for i, tensor in enumerate(tensors) if tensor.numel() <= 1]
+        # State may have other keys, too: a name, for what parameters share.
         self._plain = all(type(tensor) in PLAIN for tensor in tensors)
+        self._single = [i for i, tensor in enumerate(tensors) if tensor.numel() <= 1] if self._plain else []
 
     def are(self, tensors: Sequence[Tensor]) -> bool:
         """Whether ``tensors`` are the same objects in the same order."""
