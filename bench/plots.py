@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from rows import Row, default_path, read
-from workloads import WORKLOADS, scaling
+
+# This checkout's package, wherever the command is called from and whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.rows import Row, default_path, read
+from bench.workloads import WORKLOADS, scaling
 
 # The order of importance, which is the order of bars and columns. Colours stay with a provider in all plots.
 COLORS = {
@@ -194,7 +199,7 @@ def growth(figures: Figures, plt):
 
 
 def _limit(figures: Figures, workload: str, numel: int) -> float | None:
-    from providers import bytes_per_parameter
+    from bench.peers import bytes_per_parameter
 
     triad = figures.get("triad", workload, "bus")
     return numel * bytes_per_parameter(torch.float32, "sgd") / triad.median / 1e6 if triad else None

@@ -10,9 +10,11 @@ import gc
 
 import pytest
 import torch
-from providers import BASES, all_providers
-from run import Runner
-from workloads import WORKLOADS
+
+from bench.peers import BASES
+from bench.providers import all_providers
+from bench.steps import Runner
+from bench.workloads import WORKLOADS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROVIDERS = all_providers(DEVICE)

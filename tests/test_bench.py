@@ -9,19 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCH = Path(__file__).parent.parent / "bench"
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def bench_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
 
 
 @pytest.fixture
 def bench():
     """Imports a module of the suite by name."""
-    return importlib.import_module
+    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 def small_work(bench):
@@ -49,17 +44,17 @@ def weights_after(bench, kind, base, steps=4):
 def test_every_provider_computes_what_official_does(bench, name, base):
     providers = bench("providers")
     kinds = providers.all_providers(CPU)
-    expected = weights_after(bench, kinds["official"], providers.BASES[base])
-    found = weights_after(bench, kinds[name], providers.BASES[base])
+    expected = weights_after(bench, kinds["official"], bench("peers").BASES[base])
+    found = weights_after(bench, kinds[name], bench("peers").BASES[base])
     for a, b in zip(found, expected, strict=True):
         # Weights of size .1 after eight roundings in float32; AdamW divides by small numbers.
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if base == "adamw" else 1e-7)
 
 
 def test_compiled_provider_compiles_the_ascent_that_foreach_runs(bench):
-    providers = bench("providers")
-    compiled = providers.Compiled([torch.nn.Parameter(torch.ones(3))], providers.BASES["sgd"])
-    assert compiled._ascent._torchdynamo_orig_callable is providers.foreach_ascent
+    peers = bench("peers")
+    compiled = peers.Compiled([torch.nn.Parameter(torch.ones(3))], peers.BASES["sgd"])
+    assert compiled._ascent._torchdynamo_orig_callable is peers.foreach_ascent
 
 
 def test_sam_and_base_are_not_taken_for_fsam(bench):
@@ -77,11 +72,11 @@ def test_sam_and_base_are_not_taken_for_fsam(bench):
     ],
 )
 def test_bytes_per_parameter_are_those_of_the_three_passes(bench, dtype, base, expected):
-    assert bench("providers").bytes_per_parameter(dtype, base) == expected
+    assert bench("peers").bytes_per_parameter(dtype, base) == expected
 
 
 def test_bytes_per_parameter_with_masters_and_averages_of_fewer_bits(bench):
-    moved, bf16 = bench("providers").bytes_per_parameter, torch.bfloat16
+    moved, bf16 = bench("peers").bytes_per_parameter, torch.bfloat16
     # Pass A: g, m. Pass B: g, m, master, and m, w'. Pass C: g, master, momentum, and master, momentum, w.
     assert moved(bf16, "sgd", True) == (2 + 4) + (2 + 4 + 4 + 4 + 2) + (2 + 4 + 4 + 4 + 4 + 2)
     assert moved(bf16, "sgd", True, bf16) == moved(bf16, "sgd", True) - 3 * 2
@@ -101,10 +96,10 @@ def test_bytes_per_parameter_with_masters_and_averages_of_fewer_bits(bench):
 )
 def test_the_state_that_a_provider_keeps_is_counted(bench, name, dtype, expected):
     """Of SGD with momentum. The official code keeps its average and momentum; its backup becomes the weights."""
-    run, providers = bench("run"), bench("providers")
+    steps, providers = bench("steps"), bench("providers")
     work = bench("workloads").Workload("large", "large", ((512, 1024),) * 2)
     kind = providers.all_providers(CPU)[name]
-    found = run._footprint(kind, work, work.gradients(dtype, CPU), providers.BASES["sgd"])
+    found = steps._footprint(kind, work, work.gradients(dtype, CPU), bench("peers").BASES["sgd"])
     assert found["state"] == pytest.approx(expected, abs=0.05)
     assert found["state_peak"] >= found["state"]
 
@@ -176,7 +171,7 @@ def test_a_triad_counts_the_read_that_an_ordinary_store_makes(bench):
 
 def test_groups_fit_and_hold_the_anchors(bench):
     sizes = {"ours": 2, "official": 3, "a": 4, "b": 4, "c": 1}
-    groups = bench("run").groups_that_fit(sizes, sizes, ("ours", "official"), room=10)
+    groups = bench("steps").groups_that_fit(sizes, sizes, ("ours", "official"), room=10)
     assert groups == [["ours", "official", "a"], ["ours", "official", "b", "c"]]
 
 
@@ -279,7 +274,7 @@ def test_figures_beside_busy_processes_are_figures_of_their_own(bench, tmp_path)
     assert all(row in both for row in alone)
     fresh = [row for row in both if row.provider != "all" and row not in alone]
     assert {row.provider for row in fresh} == {"official", "fsam_ext", "triad"}
-    assert all(row.metric.endswith(", 1 busy") and row.unit in run.TIMED for row in fresh)
+    assert all(row.metric.endswith(", 1 busy") and row.unit in bench("cases").TIMED for row in fresh)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(bench, tmp_path):
@@ -288,17 +283,16 @@ def test_an_unknown_name_is_refused_with_the_known_ones(bench, tmp_path):
         run.main(["--workloads", "gpt3", "--out", str(tmp_path / "rows.csv")])
     with pytest.raises(SystemExit, match="nobody.*official"):
         run.main(["--providers", "nobody", "--out", str(tmp_path / "rows.csv")])
-    assert sys.modules["run"] is run
 
 
 def test_the_plan_is_short_without_full_and_has_every_combination_with_it(bench):
-    run, work = bench("run"), bench("workloads")
+    cases, work = bench("cases"), bench("workloads")
     kinds = bench("providers").all_providers(CPU)
-    short, full = run.plan(False, kinds, ["gpt2"]), run.plan(True, kinds, ["gpt2"])
+    short, full = cases.plan(False, kinds, ["gpt2"]), cases.plan(True, kinds, ["gpt2"])
     combinations = {(case.work.name, case.dtype, case.base) for case in full}
-    assert {(w, d, b) for w in work.WORKLOADS for d in run.DTYPES for b in ("sgd", "adamw")} <= combinations
+    assert {(w, d, b) for w in work.WORKLOADS for d in cases.DTYPES for b in ("sgd", "adamw")} <= combinations
     assert len(short) < len(full)
-    assert [case.work.name for case in short[:4]] == list(run.HEADLINE)
+    assert [case.work.name for case in short[:4]] == list(cases.HEADLINE)
     assert ["compiled" in case.providers for case in short[:4]] == [False, True, False, False]
 
 
