@@ -51,6 +51,11 @@ class Run:
         """So much of ``seconds`` as the time of the run still has."""
         return max(0.0, min(seconds, self.deadline - time.monotonic()))
 
+    @property
+    def rounds(self) -> int:
+        """The fewest that a figure has, fewer where there is no time left."""
+        return 5 if self.left(1.0) else 1
+
     def row(self, case: Case, name: str, metric: str, unit: str, q: Quantiles, scale: float = 1.0) -> Row:
         clock = "processor time" if HostClock.now is time.thread_time else ""
         return Row(

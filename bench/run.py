@@ -25,6 +25,7 @@ import torch
 # This checkout's package is measured, wherever the command is called from and whatever is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import fsam_ext
 from bench import gpu
 from bench.cases import DTYPES, OUT_OF_TIME, Case, Run, beside_others, nowhere_row, plan
 from bench.clocks import HostClock
@@ -173,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     # Whoever is there now is not "not run" any more.
     old = [row for row in old if not (row.workload == "all" and row.provider in available)]
     deadline = time.monotonic() + 60 * (args.minutes or (55 if args.full else 8.8))
+    print(f"measuring {Path(fsam_ext.__file__).parent}", file=sys.stderr)
     run = Run(device, available, deadline, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
     write(out, merge(old, new))
     with busy_processes(args.busy), empty_compilation_cache():

@@ -185,7 +185,7 @@ def measure_steps(case: Case, run: Run) -> Iterator[list[Row]]:
             _set_up(name, case, run, gradients, runners, found)
         run.say(f"{case.title}: {', '.join(runners)}")
         seconds = run.left(case.seconds / len(phases))
-        found.rounds += alternate(runners, seconds, min_rounds=5 if seconds else 1, failures=found.failures)
+        found.rounds += alternate(runners, seconds, min_rounds=run.rounds, failures=found.failures)
         runners = {name: runner for name, runner in runners.items() if name not in found.failures}
         yield step_rows(case, run, found)
 

@@ -96,7 +96,7 @@ def measure_training(case: Case, run: Run) -> Iterator[list[Row]]:
                 failures[name] = reason_of(error)
         run.say(f"{case.title}: {', '.join(runners)}")
         seconds = run.left(2.5 * case.seconds / len(phases))
-        rounds += alternate(runners, seconds, min_rounds=5 if seconds else 1, failures=failures)
+        rounds += alternate(runners, seconds, min_rounds=run.rounds, failures=failures)
         runners = {name: runner for name, runner in runners.items() if name not in failures}
         yield training_rows(case, run, rounds, failures)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -246,54 +245,12 @@ def test_the_table_of_state_has_what_was_measured(bench):
     assert lines[0] == "a" and lines[-1] == "b"
 
 
-def test_a_run_writes_rows_for_each_provider_and_says_what_it_did_not_run(bench, tmp_path, monkeypatch):
-    run, rows = bench("run"), bench("rows")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    out = tmp_path / "rows.csv"
-    names = ["official", "foreach", "fsam_ext flat", "base"]
-    argv = ["--workloads", "scale_1e03", "--providers", *names, "--seconds", "0", "--no-plots", "--out", str(out)]
-    assert run.main(argv) == 0
-    found = rows.read(out)
-    steps = {row.provider for row in found if row.metric == "step" and row.median is not None}
-    assert steps == {"fsam_ext", *names}
-    assert {row.provider for row in found if row.metric == "bus_fraction"} == {"fsam_ext", *names} - {"base"}
-    assert all(row.q20 <= row.median <= row.q80 for row in found if row.median is not None)
-    if not torch.cuda.is_available():
-        assert [row.note for row in found if row.device == "cuda"] == ["not run: this machine has no GPU"]
-
-
-def test_figures_beside_busy_processes_are_figures_of_their_own(bench, tmp_path):
-    run, rows = bench("run"), bench("rows")
-    out = tmp_path / "rows.csv"
-    argv = ["--workloads", "scale_1e03", "--providers", "official", "--seconds", "0", "--no-plots", "--out", str(out)]
-    assert run.main(argv) == 0
-    alone = [row for row in rows.read(out) if row.provider != "all"]
-    assert run.main([*argv, "--busy", "1"]) == 0
-    both = rows.read(out)
-    assert all(row in both for row in alone)
-    fresh = [row for row in both if row.provider != "all" and row not in alone]
-    assert {row.provider for row in fresh} == {"official", "fsam_ext", "triad"}
-    assert all(row.metric.endswith(", 1 busy") and row.unit in bench("cases").TIMED for row in fresh)
-
-
-def test_an_unknown_name_is_refused_with_the_known_ones(bench, tmp_path):
-    run = bench("run")
-    with pytest.raises(SystemExit, match="gpt3.*gpt2"):
-        run.main(["--workloads", "gpt3", "--out", str(tmp_path / "rows.csv")])
-    with pytest.raises(SystemExit, match="nobody.*official"):
-        run.main(["--providers", "nobody", "--out", str(tmp_path / "rows.csv")])
-
-
-def test_the_plan_is_short_without_full_and_has_every_combination_with_it(bench):
-    cases, work = bench("cases"), bench("workloads")
-    kinds = bench("providers").all_providers(CPU)
-    short, full = cases.plan(False, kinds, ["gpt2"]), cases.plan(True, kinds, ["gpt2"])
-    combinations = {(case.work.name, case.dtype, case.base) for case in full}
-    assert {(w, d, b) for w in work.WORKLOADS for d in cases.DTYPES for b in ("sgd", "adamw")} <= combinations
-    assert len(short) < len(full)
-    assert [case.work.name for case in short[:4]] == list(cases.HEADLINE)
-    assert ["compiled" in case.providers for case in short[:4]] == [False, True, False, False]
+def test_a_pages_table_is_the_one_that_its_rows_make(bench):
+    """The README's, of the machine that its caption names."""
+    page = (ROOT / "README.md").read_text()
+    files = [bench("rows").read(path) for path in sorted(bench("rows").RESULTS.glob("*.csv"))]
+    (rows,) = (rows for rows in files if rows[0].machine in page)
+    assert bench("plots").fill(page, rows) == page
 
 
 @pytest.mark.parametrize("layout", ["flat", "tiny"])
