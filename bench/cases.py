@@ -144,7 +144,7 @@ def plan(
     cases = [case(WORKLOADS[name], "fp32", "sgd", everyone) for name in HEADLINE]
     trainings = [work for work in TRAININGS.values() if work.shrunk is None or large]
     cases += [case(work, work.dtype, work.base, IN_TRAINING) for work in trainings]
-    growth = ("fsam_ext", "fsam_ext flat", "official", "foreach", "base")
+    growth = ("fsam_ext", "fsam_ext flat", "fsam_ext triton", "official", "foreach", "compiled", "base")
     cases += [case(work, "fp32", "sgd", growth) for work in scaling(3e8 if full else 1e8)]
     cases += [case(WORKLOADS["resnet18"], dtype, base, eager) for dtype in DTYPES for base in BASES]
     if full:

@@ -57,7 +57,7 @@ class DeviceClock:
         self._flush = None
         if flush:
             device = device or torch.device("cuda")
-            self._flush = torch.empty(2 * gpu.cache_bytes(device), dtype=torch.uint8, device=device)
+            self._flush = gpu.flusher(device, gpu.cache_bytes(device))
         self._spin = 1e-3
         self.queued_ahead = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -19,6 +20,12 @@ def free_bytes(device: torch.device) -> int:
 def cache_bytes(device: torch.device) -> int:
     """Of the L2."""
     return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+@cache
+def flusher(device: torch.device, nbytes: int) -> torch.Tensor:
+    """Memory that fills the L2 and drives everything else out when it is written: one for all clocks."""
+    return torch.empty(2 * nbytes, dtype=torch.uint8, device=device)
 
 
 def capture(call: Callable[[], None]) -> Callable[[], None]:

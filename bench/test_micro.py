@@ -11,6 +11,7 @@ import gc
 import pytest
 import torch
 
+from bench.cases import ONLY_IN_TRAINING
 from bench.peers import BASES
 from bench.providers import all_providers
 from bench.steps import Runner
@@ -22,7 +23,10 @@ DTYPE = torch.float32
 NAMES = [
     name
     for name, kind in PROVIDERS.items()
-    if kind.eager and not kind.full_only and (kind.dtypes is None or DTYPE in kind.dtypes)
+    if kind.eager
+    and name not in ONLY_IN_TRAINING
+    and not kind.full_only
+    and (kind.dtypes is None or DTYPE in kind.dtypes)
 ]
 
 

@@ -224,6 +224,31 @@ def test_the_table_derives_from_the_rows(bench):
     assert line == "| GPT-2 124M | 20 ms | - | - | - | **10x** | - | 0.93 / - |"
 
 
+def test_the_table_of_training_has_everyones_step_over_plain_trainings(bench):
+    def row(provider, metric, median):
+        changes = {"workload": "train_gpt2", "dtype": "autocast", "base": "adamw", "device": "cuda"}
+        return make_row(bench, provider=provider, metric=metric, median=median, **changes)
+
+    rows = [row("plain", "step", 100.0), row("base", "cost_over_plain", 1.9), row("fsam_ext", "cost_over_plain", 1.95)]
+    line = next(line for line in bench("plots").training_table(rows).splitlines() if line.startswith("| GPT-2"))
+    assert line == "| GPT-2 124M, 8 sequences of 1,024 | 100 ms | 1.9x | - | - | - | - | - | **1.95x** | - | - |"
+
+
+def test_the_table_of_a_gpu_has_peers_as_graphs_beside_ours(bench):
+    def row(provider, metric, median):
+        return make_row(bench, provider=provider, metric=metric, median=median, device="cuda")
+
+    rows = [
+        row("fsam_ext", "step", 1.0),
+        row("official", "step", 9.0),
+        row("foreach graph", "speedup_over official", 4.0),
+    ]
+    rows += [row("fsam_ext graph", "speedup_over official", 9.5)]
+    head, _, line, *_ = bench("plots").table(rows).splitlines()
+    found = dict(zip(head.split(" | "), line.split(" | ")))
+    assert (found["foreach graph"], found["fsam_ext graph"]) == ("4x", "**9.5x**")
+
+
 def test_the_readme_keeps_everything_around_the_table(bench):
     plots = bench("plots")
     begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
