@@ -23,10 +23,8 @@ DTYPE = torch.float32
 NAMES = [
     name
     for name, kind in PROVIDERS.items()
-    if kind.eager
-    and name not in ONLY_IN_TRAINING
-    and not kind.full_only
-    and (kind.dtypes is None or DTYPE in kind.dtypes)
+    if kind.eager and not kind.full_only and name not in ONLY_IN_TRAINING
+    if kind.dtypes is None or DTYPE in kind.dtypes
 ]
 
 
