@@ -146,7 +146,9 @@ def plan(
     cases += [case(work, work.dtype, work.base, IN_TRAINING) for work in trainings]
     growth = ("fsam_ext", "fsam_ext flat", "fsam_ext triton", "official", "foreach", "compiled", "base")
     cases += [case(work, "fp32", "sgd", growth) for work in scaling(3e8 if full else 1e8)]
-    cases += [case(WORKLOADS["resnet18"], dtype, base, eager) for dtype in DTYPES for base in BASES]
+    cases += [
+        case(WORKLOADS["resnet18"], dtype, base, everyone if full else eager) for dtype in DTYPES for base in BASES
+    ]
     if full:
         cases += [
             case(work, dtype, base, everyone) for work in WORKLOADS.values() for dtype in DTYPES for base in BASES

@@ -37,7 +37,9 @@ STEPS, SECONDS = 3, 0.05
 
 
 def serve(checkout: Path, case: str, processor_time: bool) -> None:
-    """Makes the optimizer of a case; then a line on stdin asks for a turn, and a line on stdout has its seconds."""
+    """Makes the optimizer of a case and prints how many steps make a turn; then each number on stdin asks for a turn of
+    so many, and a line on stdout has the seconds of one.
+    """
     sys.path.insert(0, str(checkout))
     import fsam_ext
 
@@ -66,11 +68,10 @@ def serve(checkout: Path, case: str, processor_time: bool) -> None:
         return (now() - start) / count
 
     steps(2)  # the state is made in the first one
-    count = max(STEPS, int(SECONDS / steps(1)))
-    print("ready", flush=True)
-    for _ in sys.stdin:
+    print(max(STEPS, int(SECONDS / steps(1))), flush=True)
+    for count in sys.stdin:
         steps(1)
-        print(steps(count), flush=True)
+        print(steps(int(count)), flush=True)
 
 
 # ---- The command ---------------------------------------------------------------------------------------------------
@@ -79,20 +80,22 @@ def serve(checkout: Path, case: str, processor_time: bool) -> None:
 def turns(checkouts: list[Path], case: str, seconds: float, processor_time: bool) -> list[list[float]]:
     """Seconds of a step by each checkout, turn by turn; who begins changes from turn to turn."""
     flags = ["--processor-time"] if processor_time else []
-    processes = []
+    processes, counts = [], []
     try:
         for checkout in checkouts:
             command = [sys.executable, __file__, str(checkout), "--serve", case, *flags]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": checkout}
             processes.append(subprocess.Popen(command, **pipes))
-            if processes[-1].stdout.readline() != "ready\n":
+            count = processes[-1].stdout.readline()
+            if not count:
                 raise SystemExit(f"{case}: {checkout} failed; what it said is above")
+            counts.append(int(count))
         found: list[list[float]] = []
         end = time.monotonic() + seconds
         while len(found) < 4 or time.monotonic() < end:
             record = [0.0] * len(processes)
             for i in range(len(processes))[:: 1 if len(found) % 2 else -1]:
-                processes[i].stdin.write("go\n")
+                processes[i].stdin.write(f"{max(counts)}\n")
                 processes[i].stdin.flush()
                 record[i] = float(processes[i].stdout.readline())
             found.append(record)
@@ -108,7 +111,7 @@ def main() -> None:
     parser.add_argument("other", type=Path, help="a checkout with its libraries built in place")
     parser.add_argument("--cases", nargs="+", default=[""], metavar="TEXT", help="those that hold it, as 'sgd flat'")
     parser.add_argument("--seconds", type=float, default=3.0, help="of turns for each pair of processes")
-    parser.add_argument("--pairs", type=int, default=3, help="of processes for each case")
+    parser.add_argument("--pairs", type=int, default=4, help="of processes for each case")
     parser.add_argument("--processor-time", action="store_true", help="of one thread: where other jobs run too")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -123,7 +126,11 @@ def main() -> None:
     print(f"{'case':28} {'this, ms':>10} {'other, ms':>10}   this / other (20-80 %)   fastest turns   of each pair")
     checkouts = [ROOT, args.other.resolve()]
     for case in cases:
-        pairs = [turns(checkouts, case, args.seconds, args.processor_time) for _ in range(args.pairs)]
+        pairs = []
+        for i in range(args.pairs):  # who is started first was a percent slower: each in turn
+            order = 1 if i % 2 else -1
+            found = turns(checkouts[::order], case, args.seconds, args.processor_time)
+            pairs.append([record[::order] for record in found])
         times = [record for pair in pairs for record in pair]
         this, other = ([record[i] for record in times] for i in (0, 1))
         ratio = quantiles([a / b for a, b in times])
