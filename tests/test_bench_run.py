@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import cases, providers, rows, run
+from bench import cases, providers, rows, run, steps
 from bench.peers import Foreach, Official
 from bench.workloads import TRAININGS, WORKLOADS
 
@@ -161,6 +162,24 @@ def test_nothing_starts_when_the_time_is_used_up_and_the_rows_say_so(tmp_path, c
     found = {row.workload: row.note for row in rows.read(out) if row.workload.startswith("scale")}
     assert found == dict.fromkeys(("scale_1e03", "scale_1e04"), "not run: the time was used up; see --minutes")
     assert "scale_1e04 fp32 sgd all: not run: the time was used up" in capsys.readouterr().err
+
+
+def test_time_that_ends_between_groups_leaves_the_figures_of_the_first(monkeypatch):
+    kinds = providers.all_providers(CPU)
+    work = WORKLOADS["gpt2"].tiny()
+    needed = {name: kinds[name].buffers * work.numel * 4 for name in ("fsam_ext", "official", "foreach")}
+    # Room for the two that are in each group and one more, of which four fifths are used, beside the gradients.
+    monkeypatch.setattr(steps, "available_bytes", lambda device: (sum(needed.values()) + 4 * work.numel * 4) * 1.25 + 9)
+    context = cases.Run(CPU, kinds, time.monotonic() + 60, lambda text: None)
+    case = cases.Case(work, "fp32", "sgd", ("fsam_ext", "official", "foreach", "base", "sam"), 0.0)
+    groups = steps.measure_steps(case, context)
+    first = {row.provider for row in next(groups) if row.metric == "step" and row.median}
+    assert first == {"fsam_ext", "official", "foreach"}
+    object.__setattr__(context, "deadline", 0.0)
+    *_, last = groups
+    found = {row.provider: row for row in last if row.metric == "step"}
+    assert {name for name, row in found.items() if row.median} == first
+    assert {name for name, row in found.items() if row.note} == {"base", "sam"}
 
 
 def test_who_is_there_again_is_not_missing_any_more(tmp_path):
