@@ -1,4 +1,4 @@
-"""A stage in a process of its own: what it prints is on disk as it prints it, and at its limit it ends, children too."""
+"""A command in a process of its own: its output is on disk as it comes, and at its limit it ends, children too."""
 
 from __future__ import annotations
 
