@@ -1,9 +1,9 @@
 """Everything that a GPU is needed for, in one run with a budget: ``python bench/gpu_check.py --minutes 9 --out DIR``.
 
-Stages in the order of their worth, each in a process of its own; what a stage has found is in DIR before the next one begins, and
-the end is a table of a screen. It needs an installed torch with Triton, the libraries built in the source tree, pytest, and no network.
-``--dry-run`` walks the same stages without a GPU; ``--merge DIR`` puts the rows of a run where readers look for them. docs/gpu-day.md
-says in ten lines what to do.
+Stages in the order of their worth, each in a process of its own; what a stage has found is in DIR before the next one
+begins, and the end is a table of a screen. It needs an installed torch with Triton, the libraries built in the source
+tree, pytest, and no network. ``--dry-run`` walks the same stages without a GPU; ``--merge DIR`` puts the rows of a run
+where readers look for them. docs/gpu-day.md says in ten lines what to do.
 """
 
 from __future__ import annotations

@@ -55,13 +55,16 @@ class Passes:
         self.partials = torch.empty(5 * ops.count_chunks(sizes), dtype=state, device=device)
         self.stats = torch.ones(5, dtype=torch.float64, device=device)
         self.steps = torch.ones(len(sizes), device=device)
+        self.index = torch.arange(len(sizes), device=device)
+        self.corrections = torch.ones(len(sizes), 2, dtype=state, device=device)
         low, high = dtype.itemsize, state.itemsize
-        # name -> (call, bytes read and written for each parameter)
+        # name -> (call, bytes read and written for each parameter; 0: its time does not depend on them)
         self.calls: dict[str, tuple[Callable[[], None], int]] = {
             "noise_norm": (self.noise_norm, low + high),
             "perturb": (self.perturb, 2 * low + high + 2 * low + high),
             "restore": (self.restore, 2 * low),
             "restore_sgd": (self.restore_sgd, 2 * low + high + low + high),
+            "count_steps": (self.count_steps, 0),
             "restore_adam": (self.restore_adam, 2 * low + 2 * high + low + 2 * high),
         }
 
@@ -86,9 +89,14 @@ class Passes:
             1e-3, None, 0.9, 0.0, 1e-4, False, False, None,
         )  # fmt: skip
 
+    def count_steps(self) -> None:
+        self.backend.count_steps(
+            self.steps, self.index, self.corrections, self.stats, None, 1e-3, None, 0.9, 0.999
+        )  # fmt: skip
+
     def restore_adam(self) -> None:
         self.backend.restore_adam(
-            self.params, self.grads, self.offsets, self.backup, self.first, self.second, self.steps, self.stats,
+            self.params, self.grads, self.offsets, self.backup, self.first, self.second, self.corrections, self.stats,
             None, None, 1e-3, None, 0.9, 0.999, 1e-8, 0.01, True, False, None,
         )  # fmt: skip
 
@@ -147,9 +155,11 @@ def bandwidths(name: str, device: torch.device, case: tuple[str, int, str], seco
     found = [row(name, "copy", case, "bandwidth", "GB/s", [copied / c / 1e9 for c in copies])]
     for op, (_, nbytes) in passes.calls.items():
         times, moved = measure.values(rounds, op, "step"), nbytes * passes.numel
+        found.append(row(name, op, case, "time", "us", [t * 1e6 for t in times]))
+        if not nbytes:
+            continue
         shares = [100 * (moved / t) / (copied / c) for t, c in zip(times, copies, strict=True)]
         found += [
-            row(name, op, case, "time", "us", [t * 1e6 for t in times]),
             row(name, op, case, "bandwidth", "GB/s", [moved / t / 1e9 for t in times]),
             row(name, op, case, SHARE, "%", shares),
         ]

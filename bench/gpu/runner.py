@@ -1,7 +1,7 @@
 """Runs stages one after the other within a budget; before the next one begins, the last one's result is on disk.
 
-A run's folder holds log.txt (all output), rows.csv (all figures), stages.json and table.txt (each stage's verdict), facts.json
-(the machine), and ncu.csv where the profiler ran.
+A run's folder holds log.txt (all output), rows.csv (all figures), stages.json and table.txt (each stage's verdict),
+facts.json (the machine), and ncu.csv where the profiler ran.
 """
 
 from __future__ import annotations

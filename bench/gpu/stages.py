@@ -1,15 +1,15 @@
 """What is run on a GPU, in the order of its worth, each stage with a limit of its own.
 
 NOTE [the order of the stages]
-A run may end at any moment, so what would be missed most comes first: that both backends run at all and give the CPU's bits, the
-bandwidth of each pass, whole steps beside the other implementations, what users do on a GPU, whole training steps. What the
-emulation, the interpreter and the disassembly have said much about already comes last: all of the conformance suite,
-the counters, the sanitizers.
+A run may end at any moment, so what would be missed most comes first: that both backends run at all and give the CPU's
+bits, the bandwidth of each pass, whole steps beside the other implementations, what users do on a GPU, whole training
+steps. What the emulation, the interpreter and the disassembly have said much about already comes last: all of the
+conformance suite, the counters, the sanitizers.
 
 NOTE [a dry run]
-Without a GPU the same stages run with the same code on CPU tensors, to show that nothing in them is met for the first time on a
-GPU: the CPU's kernels stand in for CUDA's, Triton's interpreter for its compiler, and bench/gpu/stubs for NVIDIA's tools.
-What needs a device by its nature (the tests of graphs and streams) is collected and not run.
+Without a GPU the same stages run with the same code on CPU tensors, to show that nothing in them is met for the first
+time on a GPU: the CPU's kernels stand in for CUDA's, Triton's interpreter for its compiler, and bench/gpu/stubs for
+NVIDIA's tools. What needs a device by its nature (the tests of graphs and streams) is collected and not run.
 """
 
 from __future__ import annotations
