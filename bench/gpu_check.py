@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.gpu import runner, stages  # noqa: E402
+from bench.gpu_run import runner, stages  # noqa: E402
 
 
 def chosen(names: list[str] | None) -> list[stages.Stage]:
@@ -34,7 +34,7 @@ def chosen(names: list[str] | None) -> list[stages.Stage]:
 def __getattr__(name: str) -> object:
     """``Passes``, which needs torch; nothing else here does, so that a table can be made where torch fails."""
     if name == "Passes":
-        from bench.gpu.passes import Passes
+        from bench.gpu_run.passes import Passes
 
         return Passes
     raise AttributeError(name)
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository that --merge writes to")
     args = parser.parse_args(argv)
     if args.merge:
-        from bench.gpu import merge
+        from bench.gpu_run import merge
 
         return merge.main(args.merge, args.root)
     todo = chosen(args.only)

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.gpu import budget, figures
-from bench.gpu.stages import ROOT, Missing, Setting, Stage
+from bench.gpu_run import budget, figures
+from bench.gpu_run.stages import ROOT, Missing, Setting, Stage
 
 # Less than this is no time to begin a stage in: importing torch from a cold disk takes as much.
 SHORTEST = 10.0

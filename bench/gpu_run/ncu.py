@@ -1,6 +1,6 @@
-"""What the GPU's counters say of each pass, as rows: ``python -m bench.gpu.ncu --backend cuda --out DIR``.
+"""What the GPU's counters say of each pass, as rows: ``python -m bench.gpu_run.ncu --backend cuda --out DIR``.
 
-Nsight Compute runs every pass of bench/gpu/passes.py once and prints one line of CSV for each launch.
+Nsight Compute runs every pass of bench/gpu_run/passes.py once and prints one line of CSV for each launch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from bench import rows
-from bench.gpu import passes
-from bench.gpu.tools import find
+from bench.gpu_run import passes
+from bench.gpu_run.tools import find
 
 # counter -> (what rows call it, unit of the row)
 COUNTERS = {
@@ -127,7 +127,7 @@ def command(tool: str, backend: str, device: str) -> list[str]:
     return [
         tool, "--clock-control", "none", "--target-processes", "all", "--kernel-name", f"regex:^({names})",
         "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(COUNTERS),
-        sys.executable, "-m", "bench.gpu.passes", "--once", "--backend", backend, "--device", device,
+        sys.executable, "-m", "bench.gpu_run.passes", "--once", "--backend", backend, "--device", device,
     ]  # fmt: skip
 
 

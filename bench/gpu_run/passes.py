@@ -1,4 +1,4 @@
-"""Each pass alone: its time and its bandwidth beside a copy's, ``python -m bench.gpu.passes --backend cuda``."""
+"""Each pass alone: its time and its bandwidth beside a copy's, ``python -m bench.gpu_run.passes --backend cuda``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ from fsam_ext import ops
 from fsam_ext.backends import CANDIDATES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# pass -> values that it reads and writes for each parameter: in the parameters' dtype, and in the state's.
+MOVED = {
+    "noise_norm": (1, 1),
+    "perturb": (4, 2),
+    "restore": (2, 0),
+    "restore_sgd": (3, 2),
+    "count_steps": (0, 0),  # its time does not depend on their number
+    "restore_adam": (3, 4),
+}
 # Parameters of one tensor, or cut into tensors of 256 elements: the smallest that models have many of.
 TINY = 256
 # (dtype, parameters, layout) in the order of their worth: a run that is cut short has the first ones.
@@ -28,6 +37,12 @@ DRY_CASES = [("fp32", 8192, "flat"), ("bf16", 8192, "flat"), ("fp32", 2 * TINY, 
 ROOM = 40
 LARGEST_COPY = 1 << 31
 SHARE = "share of a copy's bandwidth"
+
+
+def moved(op: str, dtype: torch.dtype) -> int:
+    """Bytes that a pass reads and writes for each parameter of a dtype."""
+    stored, state = MOVED[op]
+    return stored * dtype.itemsize + state * ops.compute_dtype(dtype).itemsize
 
 
 def label(numel: int, layout: str) -> str:
@@ -57,15 +72,9 @@ class Passes:
         self.steps = torch.ones(len(sizes), device=device)
         self.index = torch.arange(len(sizes), device=device)
         self.corrections = torch.ones(len(sizes), 2, dtype=state, device=device)
-        low, high = dtype.itemsize, state.itemsize
-        # name -> (call, bytes read and written for each parameter; 0: its time does not depend on them)
+        # name -> (call, bytes read and written for each parameter)
         self.calls: dict[str, tuple[Callable[[], None], int]] = {
-            "noise_norm": (self.noise_norm, low + high),
-            "perturb": (self.perturb, 2 * low + high + 2 * low + high),
-            "restore": (self.restore, 2 * low),
-            "restore_sgd": (self.restore_sgd, 2 * low + high + low + high),
-            "count_steps": (self.count_steps, 0),
-            "restore_adam": (self.restore_adam, 2 * low + 2 * high + low + 2 * high),
+            op: (getattr(self, op), moved(op, dtype)) for op in MOVED
         }
 
     def noise_norm(self) -> None:

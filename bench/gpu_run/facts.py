@@ -1,4 +1,4 @@
-"""What machine a run was on, and which backends serve there: ``python -m bench.gpu.facts --out facts.json``."""
+"""What machine a run was on, and which backends serve there: ``python -m bench.gpu_run.facts --out facts.json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import rows
-from bench.gpu.passes import serving
+from bench.gpu_run.passes import serving
 from fsam_ext import info
 
 LIBRARIES = ("_C.abi3.so", "_C_cuda.abi3.so")

@@ -8,7 +8,7 @@ conformance suite, the counters, the sanitizers.
 
 NOTE [a dry run]
 Without a GPU the same stages run with the same code on CPU tensors, to show that nothing in them is met for the first
-time on a GPU: the CPU's kernels stand in for CUDA's, Triton's interpreter for its compiler, and bench/gpu/stubs for
+time on a GPU: the CPU's kernels stand in for CUDA's, Triton's interpreter for its compiler, and bench/gpu_run/stubs for
 NVIDIA's tools. What needs a device by its nature (the tests of graphs and streams) is collected and not run.
 """
 
@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.gpu import figures
-from bench.gpu.tools import find
+from bench.gpu_run import figures
+from bench.gpu_run.tools import find
 
 ROOT = Path(__file__).resolve().parents[2]
 STUBS = Path(__file__).parent / "stubs"
@@ -89,7 +89,7 @@ def _module(name: str, *arguments: object) -> list[str]:
 
 
 def _facts(setting: Setting, seconds: float) -> list[str]:
-    return _module("bench.gpu.facts", "--device", setting.device, "--out", setting.out / "facts.json")
+    return _module("bench.gpu_run.facts", "--device", setting.device, "--out", setting.out / "facts.json")
 
 
 def _pytest(*arguments: str, parallel: bool = False) -> list[str]:
@@ -119,7 +119,7 @@ def _bandwidth(backend: str) -> Callable[[Setting, float], list[str]]:
     def command(setting: Setting, seconds: float) -> list[str]:
         measured = 0.1 if setting.dry else 0.6 * seconds  # the rest makes the tensors and runs each pass a first time
         arguments = ("--backend", backend, "--device", setting.device, "--seconds", measured, "--out", setting.rows)
-        return _module("bench.gpu.passes", *arguments)
+        return _module("bench.gpu_run.passes", *arguments)
 
     return command
 
@@ -160,7 +160,7 @@ def _conformance(backend: str) -> Callable[[Setting, float], list[str]]:
 
 def _ncu(backend: str) -> Callable[[Setting, float], list[str]]:
     def command(setting: Setting, seconds: float) -> list[str]:
-        return _module("bench.gpu.ncu", "--backend", backend, "--device", setting.device, "--out", setting.out)
+        return _module("bench.gpu_run.ncu", "--backend", backend, "--device", setting.device, "--out", setting.out)
 
     return command
 

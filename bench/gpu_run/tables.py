@@ -1,0 +1,162 @@
+"""The tables that pages show of a GPU's rows: whole steps, and each pass as predicted and as measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from bench.cuda_check import SECONDS_PER_LAUNCH, SHARE_OF_BANDWIDTH, SUM_SLOTS_BANDWIDTH
+from bench.gpu_run import passes
+from bench.rows import Row
+from bench.workloads import TRAININGS, WORKLOADS
+from fsam_ext import ops
+
+# Bytes a second of the data sheets, by the name that the driver gives.
+DATA_SHEETS = {
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H200": 4.8e12,
+    "NVIDIA B200": 8.0e12,
+}
+STEP_COLUMNS = {
+    "foreach": "foreach",
+    "compiled": "compiled",
+    "fsam_ext": "fsam_ext",
+    "fsam_ext graph": "as a graph",
+    "fsam_ext flat": "flat",
+    "fsam_ext triton": "Triton",
+}
+TRAINING_COLUMNS = {"official": "official", "foreach": "foreach", "compiled": "compiled", "fsam_ext": "fsam_ext"}
+
+
+class Figures:
+    """Rows of one machine that can be asked for one figure."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.rows = [row for row in rows if row.median is not None]
+        self._found = {(r.provider, r.workload, r.dtype, r.base, r.metric): r.median for r in self.rows}
+
+    def get(self, provider: str, workload: str, dtype: str, base: str, metric: str) -> float | None:
+        """The median, or None where it was not measured."""
+        return self._found.get((provider, workload, dtype, base, metric))
+
+    def cases(self, metric: str) -> list[tuple[str, str, str]]:
+        """(workload, dtype, base) for which our package has a figure, as they were measured."""
+        found = [(r.workload, r.dtype, r.base) for r in self.rows if (r.provider, r.metric) == ("fsam_ext", metric)]
+        return list(dict.fromkeys(found))
+
+    @property
+    def origin(self) -> str:
+        """Where, with what and when."""
+        last = max(self.rows, key=lambda row: row.date)
+        commits = ", ".join(dict.fromkeys(row.commit or "no commit" for row in self.rows))
+        return f"{last.machine}; {last.versions}; {commits}, {last.date}"
+
+
+def _lines(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    separator = "|---" + "|---:" * (len(head) - 1) + "|"
+    return ["| " + " | ".join(head) + " |", separator, *("| " + " | ".join(cells) + " |" for cells in body)]
+
+
+def duration(seconds: float | None) -> str:
+    """In the unit that suits it."""
+    if seconds is None:
+        return "-"
+    for factor, unit in ((1e6, "us"), (1e3, "ms")):
+        if seconds * factor < 999.5:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}x"
+
+
+def _title(case: tuple[str, str, str]) -> str:
+    workload, dtype, base = case
+    known = {**WORKLOADS, **TRAININGS}.get(workload)
+    return f"{known.title if known else workload}, {dtype}, {base}"
+
+
+def steps(rows: Iterable[Row]) -> str:
+    """Markdown for the README: optimizer steps against the others, and what F-SAM costs whole training steps.
+
+    Raises:
+        ValueError: there are no rows of either.
+    """
+    figures = Figures(rows)
+    training = figures.cases("cost_over_base")
+    optimizer = [case for case in figures.cases("step") if case not in training]
+    parts = []
+    if optimizer:
+        body = [
+            [
+                _title(case),
+                duration((figures.get("official", *case, "step") or 0) / 1e3 or None),
+                *(_times(figures.get(name, *case, "speedup_over official")) for name in STEP_COLUMNS),
+                f"{figures.get('fsam_ext', *case, 'bus_fraction') or float('nan'):.2f}",
+            ]
+            for case in optimizer
+        ]
+        parts += _lines(["optimizer part of a step", "official", *STEP_COLUMNS.values(), "of the memory bus"], body)
+        parts += ["", "Time of the official sequence, and how many times faster each one is.", ""]
+    if training:
+        body = [
+            [
+                _title(case),
+                duration((figures.get("base", *case, "step") or 0) / 1e3 or None),
+                *(_times(figures.get(name, *case, "cost_over_base")) for name in TRAINING_COLUMNS),
+            ]
+            for case in training
+        ]
+        parts += _lines(["whole training step", "base, two passes", *TRAINING_COLUMNS.values()], body)
+        parts += ["", "Time of two forward-backwards and the fused base alone, and F-SAM's time over it.", ""]
+    if not parts:
+        raise ValueError("there are no rows of whole steps: the stages 'steps' and 'training steps' left none")
+    return "\n".join([*parts, f"{figures.origin}."])
+
+
+def predicted(op: str, nbytes: float, numel: int, rate: float) -> float:
+    """Seconds of a pass by the model of docs/gpu-model.md, where memory moves ``rate`` bytes a second."""
+    seconds = SECONDS_PER_LAUNCH + nbytes * numel / rate
+    if op == "noise_norm":
+        seconds += SECONDS_PER_LAUNCH + 4 * numel / ops.CHUNK / SUM_SLOTS_BANDWIDTH
+    return seconds
+
+
+def model(rows: Iterable[Row]) -> str:
+    """Markdown for docs/gpu-model.md: each pass as predicted and as measured.
+
+    Raises:
+        ValueError: there are no rows of passes.
+    """
+    rows = list(rows)
+    figures = Figures(rows)
+    body = []
+    sheet = DATA_SHEETS.get(rows[0].machine) if rows else None
+    for case in [case for case in (*passes.CASES, *passes.DRY_CASES) if case[2] == "flat"]:
+        dtype, numel, layout = case
+        key = (passes.label(numel, layout), dtype, "")
+        copy = figures.get(passes.provider("cuda", "copy"), *key, "bandwidth") or figures.get(
+            passes.provider("triton", "copy"), *key, "bandwidth"
+        )
+        for op in passes.MOVED:
+            ours, theirs = passes.provider("cuda", op), passes.provider("triton", op)
+            nbytes = passes.moved(op, passes.DTYPES[dtype])
+            times = [figures.get(name, *key, "time") for name in (ours, theirs)]
+            if not nbytes or times == [None, None]:
+                continue
+            expected = predicted(op, nbytes, numel, SHARE_OF_BANDWIDTH * sheet if sheet else copy * 1e9)
+            shares = [figures.get(name, *key, passes.SHARE) for name in (ours, theirs)]
+            counts = [figures.get(name, *key, "ncu instructions") for name in (ours, theirs)]
+            body.append(
+                [f"{op}, {dtype}", key[0].split()[1], str(nbytes), duration(expected)]
+                + [duration(time and time * 1e-6) for time in times]
+                + [" / ".join("-" if share is None else f"{share:.0f} %" for share in shares)]
+                + [" / ".join("-" if count is None else f"{count:.0f}" for count in counts)]
+            )
+    if not body:
+        raise ValueError("there are no rows of single passes: the stage 'bandwidth cuda' left none")
+    head = ["pass", "parameters", "bytes each", "predicted", "CUDA", "Triton", "of a copy", "instructions each"]
+    by = f"0.9 of {sheet / 1e12:.2f} TB/s" if sheet else "what a copy reaches in the same run"
+    rest = f"Predicted with {by}. The last two columns: CUDA / Triton. {figures.origin}."
+    return "\n".join([*_lines(head, body), "", rest])
