@@ -60,7 +60,7 @@ cuda-check: $(VENV)/.extra-dev ## registers, spills and vector width of every CU
 	FSAM_CUDA=1 $(BUILD) --inplace
 	$(PY) bench/cuda_check.py $(ARGS)
 
-gpu-check: ## on a GPU, with torch installed already: tests, sanitizer and benchmark there
+gpu-check: ## on a GPU, with torch installed already: tests, bandwidth, steps, counters, sanitizers, within nine minutes
 	$(PYTHON) bench/gpu_check.py $(ARGS)
 
 # The sanitizers' runtimes have to be loaded before Python's own libraries. libstdc++ comes with them: they look for

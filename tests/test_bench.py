@@ -300,25 +300,3 @@ def test_the_plan_is_short_without_full_and_has_every_combination_with_it(bench)
     assert len(short) < len(full)
     assert [case.work.name for case in short[:4]] == list(run.HEADLINE)
     assert ["compiled" in case.providers for case in short[:4]] == [False, True, False, False]
-
-
-@pytest.mark.parametrize("layout", ["flat", "tiny"])
-def test_the_calls_of_the_gpu_benchmark_are_calls_of_the_ops(bench, layout):
-    """Here on the CPU: a signature that changed would else be noticed on the first GPU."""
-    from fsam_ext.backends import resolve
-
-    check = bench("gpu_check")
-    passes = check.Passes(resolve(None, CPU), CPU, torch.float32, 8192, layout)
-    for name, (call, nbytes) in passes.calls.items():
-        call()
-        expected = {"noise_norm": 8, "perturb": 24, "restore": 8, "restore_sgd": 20, "restore_adam": 28}
-        assert nbytes == expected[name]
-
-
-def test_the_gpu_check_looks_at_both_backends(bench, capsys):
-    """Where there is no GPU it says why neither can be looked at."""
-    check = bench("gpu_check")
-    if not torch.cuda.is_available():
-        assert check.backends_here() == {}
-        said = capsys.readouterr().out
-        assert "backend 'cuda' is not checked: " in said and "backend 'triton' is not checked: " in said
