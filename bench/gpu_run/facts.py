@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import rows
-from bench.gpu_run.passes import serving
+from bench.gpu_run.passes import Passes, serving
 from fsam_ext import info
 
 LIBRARIES = ("_C.abi3.so", "_C_cuda.abi3.so")
@@ -31,13 +31,20 @@ def nvidia_smi() -> str:
 
 
 def missing_backends(device: torch.device) -> dict[str, str]:
-    """name -> why that backend does not serve the device, of those that do not."""
+    """name -> why that backend does not serve the device, of those that do not.
+
+    On a CPU that includes an interpreter that cannot run; on a GPU a kernel that cannot is a failure, not an absence.
+    """
     found = {}
     for name in ("cuda", "triton"):
         try:
-            serving(name, device)
+            backend = serving(name, device)
+            if device.type == "cpu":
+                Passes(backend, device, torch.float32, 512, "flat").noise_norm()
         except SystemExit as reason:
             found[name] = str(reason)
+        except Exception as error:
+            found[name] = f"what stands in for '{name}' here cannot run: {str(error).splitlines()[0]}"
     return found
 
 

@@ -19,7 +19,7 @@ from bench.gpu_run.stages import ROOT, Missing, Setting, Stage
 
 # Less than this is no time to begin a stage in: importing torch from a cold disk takes as much.
 SHORTEST = 10.0
-TAIL = 25  # lines of a stage that failed, on the screen too
+TAIL = 12  # lines of a stage that failed, on the screen too
 OK, FAILED, KILLED, ABSENT, LATE, STOPPED = "ok", "failed", "killed", "absent", "no time", "stopped"
 
 

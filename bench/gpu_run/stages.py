@@ -29,6 +29,8 @@ STUBS = Path(__file__).parent / "stubs"
 # Where bench/triton_cache.py leaves kernels that were compiled on another machine.
 TRITON_CACHE = ROOT / "build/triton-cache"
 MOST_WORKERS = 12
+# Of whole optimizer steps, in the order of their worth; our package takes part always.
+PROVIDERS = ("official", "base", "foreach", "fsam_ext flat", "fsam_ext triton", "compiled", "pytorch_optimizer")
 
 
 class Missing(Exception):
@@ -110,7 +112,7 @@ def _smoke(tests: str) -> Callable[[Setting, float], list[str]]:
 
 
 def _training_tests(setting: Setting, seconds: float) -> list[str]:
-    # The CPU's share of this file is in `make test`; two of it show here that the file can be run on its own.
+    # The CPU's share of this file is in `make test`; a few of it show here that the file can be run on its own.
     chosen = ["-m", "not gpu", "-k", "channels_last or moved"] if setting.dry else ["-m", "gpu"]
     return _pytest("tests/test_gpu_training.py", *chosen)
 
@@ -129,30 +131,32 @@ def _bench(setting: Setting, seconds: float, workloads: list[str], *more: str) -
     minutes = f"{max(seconds - 15, 0.6 * seconds) / 60:.3f}"
     command = [sys.executable, str(ROOT / "bench/run.py"), "--workloads", *workloads, "--minutes", minutes]
     command += ["--no-plots", "--out", str(setting.rows)]
-    return [*command, *(("--tiny", "--seconds", "0.02", "--compile") if setting.dry else more)]
+    return [*command, *more, *(("--tiny", "--seconds", "0.02", "--compile") if setting.dry else ())]
 
 
 def _steps(setting: Setting, seconds: float) -> list[str]:
-    workloads = ["gpt2", "scale_1e07"] if setting.dry else ["gpt2", "resnet18", "one_64m", "scale_1e07"]
-    bases = ["sgd"] if setting.dry else ["sgd", "adamw"]
-    return _bench(setting, seconds, [*workloads, "--dtypes", "fp32", "--bases", *bases], "--seconds", "2",
+    if setting.dry:
+        return _bench(setting, seconds, ["gpt2"], "--dtypes", "fp32", "--bases", "sgd", "--providers", *PROVIDERS[:3])
+    which = ["--dtypes", "fp32", "--bases", "sgd", "adamw", "--providers", *PROVIDERS]
+    return _bench(setting, seconds, ["gpt2", "resnet18", "one_64m", "scale_1e07"], *which, "--seconds", "2",
                   "--compile", "resnet18")  # fmt: skip
 
 
 def _training_steps(setting: Setting, seconds: float) -> list[str]:
-    workloads = ["train_gpt2"] if setting.dry else ["train_gpt2", "train_resnet50"]
-    return _bench(setting, seconds, workloads, "--seconds", "8", "--compile", "train_gpt2")
+    if setting.dry:
+        return _bench(setting, seconds, ["train_gpt2"], "--providers", *PROVIDERS[:2])
+    return _bench(setting, seconds, ["train_gpt2", "train_resnet50"], "--seconds", "8", "--compile", "train_gpt2")
 
 
 def _conformance(backend: str) -> Callable[[Setting, float], list[str]]:
     chosen = {"cuda": "cuda and not emulated", "triton": "triton and not compiled_code"}[backend]
-    files = ["tests/test_conformance.py", "tests/test_mixed_precision.py"]
+    files = ["tests/test_conformance.py", "tests/test_mixed_precision.py", "tests/test_count_steps.py"]
     files += ["tests/test_triton.py"] if backend == "triton" else []
-    dry = {"cuda": "cpu and test_restore and scalar", "triton": "triton and test_restore and scalar"}[backend]
+    dry = f"{'cpu' if backend == 'cuda' else backend} and edges_of_the_range"
 
     def command(setting: Setting, seconds: float) -> list[str]:
         if setting.dry:
-            return _pytest(files[0], "-k", dry)
+            return _pytest("tests/test_mixed_precision.py", "-k", dry, parallel=True)
         return _pytest(*files, "-m", "not large", "-k", chosen, parallel=True)
 
     return command
