@@ -1,8 +1,8 @@
 """A GPU for Triton that is not there: drivers whose kernels are compiled, loaded and launched, and do nothing.
 
-`FakeDriver` stands for any target: each launch is recorded and its arguments are held against the binary that they are
-for. `cuda_driver` is Triton's own CUDA driver and C launcher over a libcuda.so.1 that reports what it is asked to
-launch (triton_libcuda.c). Both are for a process without TRITON_INTERPRET: under it nothing is compiled.
+`FakeDriver` stands for any target: each launch is kept, and its arguments are held against the kernel's signature.
+`cuda_driver` is Triton's own CUDA driver and C launcher over a libcuda.so.1 that reports what it is asked to launch
+(triton_libcuda.c). Both are for a process without TRITON_INTERPRET: under it nothing is compiled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +22,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fsam_ext.backends.triton import launch
+from fsam_ext import ops
+from fsam_ext.backends.triton import NAMESPACE, launch, passes
 
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -43,10 +45,21 @@ DTYPES = {
     "i32": torch.int32,
     "i8": torch.int8,
 }
+# grid and block, shared memory, stream, function, parameters: see triton_libcuda.c
+ON_LAUNCH = ctypes.CFUNCTYPE(
+    *(None, ctypes.POINTER(ctypes.c_uint * 6), ctypes.c_uint, ctypes.c_size_t, ctypes.c_char_p),
+    ctypes.POINTER(ctypes.c_void_p),
+)
 
 
-class Launch(SimpleNamespace):
-    """What a launcher got: kernel, grid, stream, arguments by name (without constants), and the compiled kernel's source."""
+@dataclass
+class Launched:
+    """What reached a GPU: the kernel's name, its grid, the stream, and the arguments that are no constants, by name."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    stream: int
+    arguments: dict[str, Any]
 
 
 def kernel_parameters(compiled: Any) -> list[int]:
@@ -60,98 +73,103 @@ def kernel_parameters(compiled: Any) -> list[int]:
     return [int(size) for size, kind in sizes if not kind.startswith("hidden")][:-2]
 
 
-def check_arguments(signature: dict[str, str], arguments: dict[str, Any], sizes: list[int] | None = None) -> None:
-    """Raises AssertionError where the arguments of a launch are not those that its kernel was compiled for."""
-    assert list(signature) == list(arguments), (list(signature), list(arguments))
-    passed = {name: kind for name, kind in signature.items() if kind != "constexpr"}
-    for name, kind in passed.items():
-        value = arguments[name]
+def checked_arguments(signature: dict[str, str], arguments: Sequence[Any]) -> dict[str, Any]:
+    """The arguments of a launch that are no constants, by name: of the types that the kernel was compiled for."""
+    named = dict(zip(signature, arguments, strict=True))
+    passed = {name: value for name, value in named.items() if signature[name] != "constexpr"}
+    for name, value in passed.items():
+        kind = signature[name]
         if kind.startswith("*"):
             assert DTYPES[kind[1:]] == value.dtype, (name, kind, value.dtype)
         else:
             assert {"i64": int, "fp64": float}[kind] is type(value), (name, kind, value)
-    if sizes is not None:
-        assert sizes == [8] * len(passed), (sizes, passed)
+    return passed
 
 
 class FakeDriver:
-    """Triton's driver for a GPU of a target, whose launches are kept in ``launches``."""
+    """Triton's driver for a GPU of any target; what is launched is checked and kept in ``launched``."""
 
-    def __init__(self, target: GPUTarget, keep: bool = True) -> None:
-        self.target, self.keep, self.launches = target, keep, []
+    def __init__(self, target: GPUTarget) -> None:
+        self.target, self.launched = target, []
         self.device = list(TARGETS.values()).index(target)
         self.utils = SimpleNamespace(
             load_binary=lambda name, kernel, shared, device: (object(), name, 32, 0, 1024),
             unload_module=lambda module: None,
-            get_device_properties=lambda device: {"max_shared_mem": 1 << 16, "warpSize": target.warp_size},
+            get_device_properties=lambda device: {"max_shared_mem": 1 << 16},
         )
 
     def get_current_target(self) -> GPUTarget:
+        """Of the one device."""
         return self.target
 
     def get_current_device(self) -> int:
+        """A number of its own for each target: Triton keeps kernels by it."""
         return self.device
 
     def get_current_stream(self, device: int) -> int:
+        """A stream that is no default."""
         return STREAM
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """The launcher of a compiled kernel."""
-        signature = dict(source.signature)
 
-        def run(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments) -> None:
-            if not self.keep:
-                return
-            named = dict(zip(signature, arguments, strict=True))
-            check_arguments(signature, named)
-            self.launches.append(Launch(kernel=function, grid=(x, y, z), stream=stream, signature=signature, arguments=named))
+        def launch_kernel(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments) -> None:
+            passed = checked_arguments(source.signature, arguments)
+            self.launched.append(Launched(function, (x, y, z), stream, passed))
 
-        return run
-
-
-@dataclass
-class Launched:
-    """What reached libcuda's launch: the kernel's name, grid and block, and the values of its parameters."""
-
-    kernel: str
-    grid: tuple[int, ...]
-    block: tuple[int, ...]
-    stream: int
-    values: list[int | float]
+        return launch_kernel
 
 
 class Libcuda:
-    """The built stub of libcuda.so.1, loaded before anything else may look for one."""
+    """A libcuda.so.1 without a GPU, built and loaded before anything else may look for one."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "libcuda.so.1"
         source = Path(__file__).with_name("triton_libcuda.c")
         compiler = os.environ.get("CC", "cc").split()
-        subprocess.run([*compiler, "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", str(source), "-o", str(path)], check=True)
-        self.library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        options = ["-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1"]
+        subprocess.run([*compiler, *options, str(source), "-o", str(path)], check=True)
+        self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         triton.knobs.nvidia.libcuda_path = str(folder)
+        self.kinds: list[str] = []
+        self.launched: list[tuple] = []
+        self._on_launch = ON_LAUNCH(self._launch)
 
-    def report(self, signature: list[str], launched: list[Launched]) -> Any:
-        """Appends launches of kernels of that signature to ``launched``, until what is returned is dropped."""
+    def reports(self, wanted: bool) -> None:
+        """Whether launches are kept in ``launched``: name, grid, block, stream and values, of types ``kinds``."""
+        address = ctypes.cast(self._on_launch, ctypes.c_void_p).value if wanted else None
+        ctypes.c_void_p.in_dll(self._library, "on_launch").value = address
+
+    def _launch(self, sizes, shared, stream, function, parameters) -> None:
+        sizes = tuple(sizes.contents)
         types = {"fp64": ctypes.c_double, "i64": ctypes.c_int64}
-
-        @ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_uint * 6), ctypes.c_uint, ctypes.c_size_t, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p))
-        def on_launch(sizes, shared, stream, function, parameters) -> None:
-            grid_and_block = tuple(sizes.contents)
-            values = [ctypes.cast(parameters[i], ctypes.POINTER(types.get(kind, ctypes.c_size_t)))[0] for i, kind in enumerate(signature)]
-            launched.append(Launched(function.decode(), grid_and_block[:3], grid_and_block[3:], stream, values))
-
-        ctypes.c_void_p.in_dll(self.library, "on_launch").value = ctypes.cast(on_launch, ctypes.c_void_p).value
-        return on_launch
+        pointers = (ctypes.POINTER(types.get(kind, ctypes.c_size_t)) for kind in self.kinds)
+        values = [ctypes.cast(parameters[i], pointer)[0] for i, pointer in enumerate(pointers)]
+        self.launched.append((function.decode(), sizes[:3], sizes[3:], stream, values))
 
 
-def cuda_driver(target: GPUTarget) -> Any:
-    """Triton's own driver and launchers for CUDA, once a `Libcuda` is loaded."""
+def cuda_driver(target: GPUTarget, libcuda: Libcuda, checks: bool = True) -> Any:
+    """Triton's own CUDA driver over ``libcuda``. ``checks``: each launch is compared with what arrived there."""
     from triton.backends.nvidia import driver as nvidia
+
+    class Launcher(nvidia.CudaLauncher):
+        def __init__(self, source: Any, metadata: Any) -> None:
+            super().__init__(source, metadata)
+            self.signature, self.threads = source.signature, metadata.num_warps * target.warp_size
+
+        def __call__(self, *arguments: Any) -> None:
+            passed = checked_arguments(self.signature, arguments[9:])
+            libcuda.kinds = [self.signature[name] for name in passed]
+            before = len(libcuda.launched)
+            super().__call__(*arguments)
+            ((_, grid, block, stream, values),) = libcuda.launched[before:]
+            assert (grid, block, stream) == (arguments[:3], (self.threads, 1, 1), STREAM)
+            expected = [value.data_ptr() if hasattr(value, "data_ptr") else value for value in passed.values()]
+            assert values == expected, (passed, values)
 
     class Driver(nvidia.CudaDriver):
         def __init__(self) -> None:
-            self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
+            self.utils, self.launcher_cls = nvidia.CudaUtils(), Launcher if checks else nvidia.CudaLauncher
 
         def get_current_target(self) -> GPUTarget:
             return target
@@ -162,7 +180,14 @@ def cuda_driver(target: GPUTarget) -> Any:
         def get_current_stream(self, device: int) -> int:
             return STREAM
 
+    libcuda.reports(checks)
     return Driver()
+
+
+def serve_cpu_tensors() -> None:
+    """Has the ops take CPU tensors for a GPU's: the kernels do nothing, so their arguments may lie anywhere."""
+    for name in ops.NAMES:
+        torch.library.impl(f"{NAMESPACE}::{name}", "CPU", getattr(passes, name), lib=_LIBRARY)
 
 
 def activate(active: Any) -> Any:

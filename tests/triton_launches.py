@@ -1,35 +1,35 @@
 """Every specialisation of a kernel that the conformance suite asks for, taken through Triton's own launch path.
 
 The suite itself tells: it runs with a backend that notes what the Triton backend would launch and lets the CPU backend
-do the work. `python -m tests.triton_launches TARGET...` then launches each of them for each target, on a GPU that is not
-there, and prints how many there were; `--until ir` stops before the compiler proper, where a launch costs a tenth.
+do the work. `python -m tests.triton_launches TARGET...` then launches each for each target, on GPUs that are not
+there, and prints how many there were; `TARGET:ir` stops before the compiler proper, and costs a tenth.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "0"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton._C.libtriton import ir  # noqa: E402
+import pytest
+import torch
+import triton
+from triton._C.libtriton import ir
 
-from fsam_ext import ops  # noqa: E402
-from fsam_ext.backends.triton import kernels, launch, passes  # noqa: E402
+from fsam_ext import ops
+from fsam_ext.backends.triton import NAMESPACE, kernels, launch, passes
 
-from . import triton_gpu  # noqa: E402
+from . import triton_gpu
 
-SUITE = ("tests/test_conformance.py", "tests/test_mixed_precision.py")
+SUITE = ("tests/test_conformance.py", "tests/test_mixed_precision.py", "tests/test_count_steps.py")
 
 
 @dataclass(frozen=True)
@@ -89,69 +89,86 @@ class Recorder:
         conformance.BACKENDS["triton"] = lambda: SimpleNamespace(**calls)
         conformance.DEVICE["triton"] = "cpu"
 
+    def _note(self, *arguments: Any, **constants: Any) -> None:
+        self.seen[specialisation(*arguments, **constants)] = None
+
     def _call(self, name: str) -> Any:
+        ours, cpus = (getattr(getattr(torch.ops, space), name).default for space in (NAMESPACE, "fsam_ext"))
+
         def call(*arguments: Any) -> None:
-            with patch.object(passes, "launch", lambda *args, **kwargs: self.seen.setdefault(specialisation(*args, **kwargs))):
-                getattr(passes, name)(*arguments)
-            getattr(torch.ops.fsam_ext, name).default(*arguments)
+            with patch.object(passes, "launch", self._note):
+                ours(*arguments)
+            cpus(*arguments)
 
         return call
 
 
-def record(suite: Iterable[str] = SUITE) -> list[Specialisation]:
-    """What ``suite`` launches. Raises RuntimeError where one of its tests fails."""
+def record(chosen: str = "triton") -> list[Specialisation]:
+    """What the chosen tests of the suite launch. Raises RuntimeError where one of them fails."""
     recorder = Recorder()
-    status = pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "-k", "triton", *suite], plugins=[recorder])
+    triton_gpu.serve_cpu_tensors()
+    status = pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "-k", chosen, *SUITE], plugins=[recorder])
     if status != pytest.ExitCode.OK:
-        raise RuntimeError(f"{' '.join(suite)} ended with {status!r}: what it launches is not known")
+        raise RuntimeError(f"{' '.join(SUITE)} ended with {status!r}: what they launch is not known")
     return list(recorder.seen)
 
 
-class Translated:
-    """In the place of a compiled kernel: translated to Triton's first representation only, and launched as nothing."""
+class Uncompiled:
+    """In the place of a compiled kernel: translated to Triton's first representation at most; a launch does nothing."""
 
     function = packed_metadata = None
 
-    def __init__(self, source: Any, target: Any, options: dict[str, Any]) -> None:
+    def __init__(self, source: Any, target: Any, options: dict[str, Any], until: str) -> None:
+        self.source = source
+        if until == "ir":
+            self._translate(target, options)
+
+    def _translate(self, target: Any, options: dict[str, Any]) -> None:
         backend = triton.compiler.make_backend(target)
         options = backend.parse_options(dict(options))
         context = ir.context()
         ir.load_dialects(context)
         backend.load_dialects(context)
-        source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
-        self.run = lambda *args: triton_gpu.check_arguments(source.signature, dict(zip(source.signature, args[9:], strict=True)))
+        functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+        self.source.make_ir(target, options, functions, modules, context)
+
+    def run(self, *arguments: Any) -> None:
+        """The launch: what its kernel would get is checked."""
+        triton_gpu.checked_arguments(self.source.signature, arguments[9:])
 
     def launch_metadata(self, *arguments: Any) -> None:
         """What a hook would be told of a launch."""
 
 
-def replay(specialisations: Iterable[Specialisation], target: str, compiles: bool) -> int:
+def replay(specialisations: Iterable[Specialisation], target: str, until: str = "binary") -> int:
     """Launches them for a target; returns how many kernels they came to.
 
-    ``compiles``: to the binary; else to Triton's first representation.
+    ``until``: "binder" stops before anything is translated, "ir" before what is translated is compiled.
     """
     with ExitStack() as stack:
-        if not compiles:
-            stack.enter_context(patch.object(triton.compiler, "compile", Translated))
+        if until != "binary":
+            stack.enter_context(patch.object(triton.compiler, "compile", partial(Uncompiled, until=until)))
         active = triton_gpu.activate(triton_gpu.FakeDriver(triton_gpu.TARGETS[target]))
         for one in specialisations:
             one.launch()
-        made = [kernel for name in kernels.__all__ for kernel in getattr(kernels, name).device_caches[active.device][0].values()]
-    if compiles:
-        for kernel in made:
-            passed = [kind for kind in kernel.src.signature.values() if kind != "constexpr"]
-            assert triton_gpu.kernel_parameters(kernel) == [8] * len(passed), kernel.src.signature
+    caches = (getattr(kernels, name).device_caches.pop(active.device, ({},))[0] for name in kernels.__all__)
+    made = [kernel for cache in caches for kernel in cache.values()]
+    for kernel in made if until == "binary" else ():
+        passed = [kind for kind in kernel.src.signature.values() if kind != "constexpr"]
+        assert triton_gpu.kernel_parameters(kernel) == [8] * len(passed), kernel.src.signature
     return len(made)
 
 
 def main() -> None:
+    """Records, then launches for each target as far as it says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("targets", nargs="+", choices=triton_gpu.TARGETS)
-    parser.add_argument("--until", choices=("ir", "binary"), default="binary")
+    parser.add_argument("targets", nargs="+", metavar="TARGET[:binder|:ir]", help=", ".join(triton_gpu.TARGETS))
+    parser.add_argument("-k", dest="chosen", default="triton", help="which tests of the suite to record")
     arguments = parser.parse_args()
-    found = record()
-    for target in arguments.targets:
-        print(f"{target}: {replay(found, target, arguments.until == 'binary')} kernels", file=sys.stderr, flush=True)
+    found = record(arguments.chosen)
+    for wanted in arguments.targets:
+        target, _, until = wanted.partition(":")
+        print(f"{target}: {replay(found, target, until or 'binary')} kernels of {len(found)} calls", flush=True)
 
 
 if __name__ == "__main__":

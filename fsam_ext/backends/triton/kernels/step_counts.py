@@ -52,7 +52,7 @@ def count_steps(
     counts = counts + tl.where(applies_to_step(stats, found_inf), 1.0, 0.0)
     tl.store(places, counts, mask=is_member)
     is_row = lanes < rows
-    exponents = tl.where(is_row, counts, 0.0).to(tl.int32)
+    exponents = tl.where(is_row, counts, 1.0).to(tl.int32)
     rate = number(lr_tensor, lr)
     to = corrections + lanes * 2
     tl.store(to, (rate / (1.0 - _power(double(beta1), exponents))).to(corrections.dtype.element_ty), mask=is_row)
