@@ -103,11 +103,11 @@ class Recorder:
         return call
 
 
-def record(chosen: str = "triton") -> list[Specialisation]:
-    """What the chosen tests of the suite launch. Raises RuntimeError where one of them fails."""
+def record() -> list[Specialisation]:
+    """What the suite launches. Raises RuntimeError where one of its tests fails."""
     recorder = Recorder()
     triton_gpu.serve_cpu_tensors()
-    status = pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "-k", chosen, *SUITE], plugins=[recorder])
+    status = pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "-k", "triton", *SUITE], plugins=[recorder])
     if status != pytest.ExitCode.OK:
         raise RuntimeError(f"{' '.join(SUITE)} ended with {status!r}: what they launch is not known")
     return list(recorder.seen)
@@ -163,10 +163,9 @@ def main() -> None:
     """Records, then launches for each target as far as it says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="+", metavar="TARGET[:binder|:ir]", help=", ".join(triton_gpu.TARGETS))
-    parser.add_argument("-k", dest="chosen", default="triton", help="which tests of the suite to record")
-    arguments = parser.parse_args()
-    found = record(arguments.chosen)
-    for wanted in arguments.targets:
+    targets = parser.parse_args().targets
+    found = record()
+    for wanted in targets:
         target, _, until = wanted.partition(":")
         print(f"{target}: {replay(found, target, until or 'binary')} kernels of {len(found)} calls", flush=True)
 
