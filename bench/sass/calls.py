@@ -88,7 +88,9 @@ def table(rows: list[Row], capacity: int) -> tuple[dict, int]:
     def column(values: list) -> list:
         return [*map(int, values), *[0] * (capacity - len(values))]
 
-    values = {name: column([getattr(row, name) for row in ordered]) for name in ("param", "grad", "offset", "numel", "id")}
+    values = {
+        name: column([getattr(row, name) for row in ordered]) for name in ("param", "grad", "offset", "numel", "id")
+    }
     values["first_block"] = column(list(starts[:-1]))
     values |= {"large": len(large), "rows": len(ordered), "large_blocks": int(starts[-1])}
     return values, int(starts[-1]) + -(-len(small) // WARPS)

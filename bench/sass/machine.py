@@ -6,7 +6,7 @@ whole block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,17 +49,31 @@ class Memory:
         self._next += -(-(data.nbytes + misaligned_by) // 4096) * 4096 + 4096
         return address
 
-    def find(self, addresses: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """The buffer that holds `width` bytes at each address, and the index of each byte."""
+    def _pieces(self, addresses: np.ndarray, width: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each buffer that is reached its bytes, which of the addresses are in it, and the index of each byte."""
         if (addresses % width).any():
             raise BadAccess(f"misaligned access of {width} bytes")
-        for start, data in self._buffers:
-            if start <= addresses[0] < start + len(data):
-                offsets = (addresses - np.uint64(start)).astype(np.int64)
-                if (offsets < 0).any() or (offsets + width > len(data)).any():
-                    break
-                return data, offsets[:, None] + np.arange(width)
-        raise BadAccess(f"access of {width} bytes at 0x{int(addresses[0]):x} and beside it, outside of every buffer")
+        starts = np.array([start for start, _ in self._buffers], np.uint64)
+        numbers = np.searchsorted(starts, addresses, side="right") - 1
+        for number in np.unique(numbers):
+            start, data = self._buffers[number]
+            here = numbers == number
+            offsets = addresses[here].astype(np.int64) - start
+            if number < 0 or (offsets + width > len(data)).any():
+                raise BadAccess(f"{width} bytes at 0x{int(addresses[here].max()):x} are outside of every buffer")
+            yield data, here, offsets[:, None] + np.arange(width)
+
+    def load(self, addresses: np.ndarray, width: int) -> np.ndarray:
+        """`width` bytes from each address."""
+        result = np.empty((len(addresses), width), np.uint8)
+        for data, here, index in self._pieces(addresses, width):
+            result[here] = data[index]
+        return result
+
+    def store(self, addresses: np.ndarray, source: np.ndarray) -> None:
+        """A row of bytes to each address."""
+        for data, here, index in self._pieces(addresses, source.shape[1]):
+            data[index] = source[here]
 
 
 @dataclass

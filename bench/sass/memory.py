@@ -76,16 +76,13 @@ def store_shared(x: Execution) -> None:
 @executes("LDG", modifiers=f"U8 U16 64 128 {HINTS}")
 def load_global(x: Execution) -> None:
     """From global memory."""
-    buffer, index = x.block.memory.find(x.addresses(1)[x.mask], width_of(x))
-    write_loaded(x, buffer[index])
+    write_loaded(x, x.block.memory.load(x.addresses(1)[x.mask], width_of(x)))
 
 
 @executes("STG", modifiers=f"U8 U16 64 128 {HINTS}")
 def store_global(x: Execution) -> None:
     """To global memory."""
-    width = width_of(x)
-    buffer, index = x.block.memory.find(x.addresses(0)[x.mask], width)
-    buffer[index] = source_bytes(x, 1, width)
+    x.block.memory.store(x.addresses(0)[x.mask], source_bytes(x, 1, width_of(x)))
 
 
 @executes("SHFL", modifiers="BFLY IDX DOWN UP")

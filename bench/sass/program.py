@@ -158,6 +158,10 @@ class Program:
             assert found.address == 16 * index, found.text
         return self._parsed[index]
 
+    def executed(self) -> list[Instruction]:
+        """The instructions that some walk has come to."""
+        return list(self._parsed.values())
+
 
 def parse(name: str, arch: str, text: list[str], is_main_loop: Callable[[str], bool]) -> Program:
     """The program of a kernel from the lines of its section; is_main_loop(line) tells the main loop's source lines."""

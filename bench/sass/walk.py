@@ -1,7 +1,7 @@
 """Executes one block of a kernel and writes down which instructions each of its warps issues.
 
-A warp whose threads have parted issues an instruction once for each part. Of the threads that may go on, those at the
-lowest address do, as compilers lay out code for; threads wait at BSYNC for those that met the same BSSY.
+A warp whose threads have parted issues an instruction once for each part; parts that meet go on together. Of the
+threads that may go on, those at the lowest address do; at BSYNC they wait for those that met the same BSSY.
 """
 
 from __future__ import annotations
