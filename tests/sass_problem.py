@@ -1,4 +1,4 @@
-"""A `Problem` of tests/cuda_problem.py for the interpreter of SASS: its tensors, rows and numbers as a kernel gets them."""
+"""A `Problem` of tests/cuda_problem.py for the interpreter of SASS: tensors, rows and numbers as a kernel gets them."""
 
 from __future__ import annotations
 

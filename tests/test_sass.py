@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from bench.sass import binary, calls, figures, floats, layout, machine, walk
-from bench.sass.calls import KERNELS
 from bench.sass.machine import Block, Memory
 from bench.sass.program import Program, UnknownInstruction, parse
 from bench.sass.walk import Deadlock, Walk
@@ -197,7 +196,8 @@ def run(*lines: str, threads: int = 32) -> Walk:
 @pytest.mark.parametrize(
     "line",
     ["FROB R1, R2", "FADD.SAT R1, R2, R3", "FADD R1, R2.H0_H0, R3", "IMAD.HI R1, R2, R3, R4", "S2R R1, SR_CLOCKLO",
-     "MOV R1, c[0x7][0x0]", "LOP3.LUT P0, R1, R2, R3, R4, 0xc0, P1", "BAR.ARV 0x0, 0x20", "SHFL.BFLY PT, R1, R2, 0x1, 0xf1f"],
+     "MOV R1, c[0x7][0x0]", "LOP3.LUT P0, R1, R2, R3, R4, 0xc0, P1", "BAR.ARV 0x0, 0x20",
+     "SHFL.BFLY PT, R1, R2, 0x1, 0xf1f"],
 )  # fmt: skip
 def test_unknown_instructions_are_named(line):
     with pytest.raises(UnknownInstruction, match="unknown instruction at 0x10: " + re.escape(line)):
@@ -267,9 +267,7 @@ def test_changed_structs_are_noticed(programs, monkeypatch):
     with pytest.raises(calls.ChangedParameters, match="restore_adam: .* bytes of parameters from the headers"):
         calls.default_block(kernel, "fp32", replace(entry, parameter_bytes=entry.parameter_bytes + 8))
     fields = layout.fields_of
-    monkeypatch.setattr(
-        layout, "fields_of",
-        lambda name: [*fields(name), layout.Field("double", "warmth", None)] if name == "AdamArguments" else fields(name),
-    )  # fmt: skip
+    warmth = {"AdamArguments": [layout.Field("double", "warmth", None)]}
+    monkeypatch.setattr(layout, "fields_of", lambda name: fields(name) + warmth.get(name, []))
     with pytest.raises(layout.MissingValue, match="AdamArguments has a field warmth without a value"):
         calls.default_block(kernel, "fp32", entry)

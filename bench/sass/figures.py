@@ -44,8 +44,8 @@ class Figures:
     main_loop: float  # of these, from the first instruction of the main loop to its last one
     before_first_load: int  # instructions of the warp that issues most of them
     cycles: Timeline
-    wide: int  # accesses of 16 bytes in the main loop of a lane
-    narrow: int  # others there
+    moved_bytes: float  # by the main loop, for each parameter
+    narrow: int  # accesses of less than 16 bytes in the main loop
     classes: dict[str, float]  # per parameter, in the main loop
     before_classes: dict[str, int]  # before the first load
 
@@ -73,7 +73,8 @@ def count(kernel: Kernel, dtype: str, arch: str, walk: Walk) -> Figures:
     slowest = max(walk.issued, key=first_load)
     accesses = [
         "128" in issue.ins.modifiers
-        for issue in loops[0]
+        for loop in loops
+        for issue in loop
         if issue.ins.opcode in ("LDG", "STG") and issue.ins.in_main_loop and not issue.guarded
     ]
     return Figures(
@@ -84,7 +85,7 @@ def count(kernel: Kernel, dtype: str, arch: str, walk: Walk) -> Figures:
         sum(map(len, loops)) * per,
         first_load(slowest),
         timeline(walk.issued),
-        sum(accesses),
+        16 * sum(accesses) * per,
         len(accesses) - sum(accesses),
         {name: number * per for name, number in classes.most_common()},
         dict(Counter(class_of(issue.ins.opcode) for issue in slowest[: first_load(slowest)]).most_common()),

@@ -1,7 +1,7 @@
 """The parameters of a kernel as bytes, laid out as the structs of csrc/cuda say: their own text is the description.
 
-The headers are read, so a changed struct changes the layout, and a field that is new needs a value. The size is compared
-with the binary's, which notices what this reader of a few lines of C++ would get wrong.
+The headers are read, so a changed struct changes the layout, and a field that is new needs a value. The size is
+compared with the binary's, which notices what this reader of a few lines of C++ would get wrong.
 """
 
 from __future__ import annotations
