@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run as a script
 
-from bench.gpu_model import GPUS, print_model
+from bench.gpu_model import GPUS, MOVED, print_model
 from bench.host_time import print_host_times
 from bench.sass import binary, figures
 from bench.sass.binary import LIBRARY, missing_tools
@@ -46,6 +46,11 @@ class Kernel:
     def op(self) -> str:
         """The op that it serves, or sum_slots."""
         return self.name.partition("_kernel")[0]
+
+    @property
+    def is_pass(self) -> bool:
+        """Whether it goes over all parameters."""
+        return self.op in MOVED
 
     @property
     def arguments(self) -> list[str]:
@@ -155,7 +160,7 @@ def print_kernels(library: Path) -> None:
     for kernel in sorted(read_library(library), key=lambda k: (int(k.arch), k.name)):
         wide = sum(".128" in access for access in kernel.main_loop)
         line = f"{kernel.arch:>4} {kernel.registers:4} {kernel.stack:5} {kernel.spills:6} "
-        if kernel.op == "sum_slots":
+        if not kernel.is_pass:
             line += " " * 32
         else:
             needed = GPUS[kernel.arch].bytes_in_flight_per_sm if kernel.arch in GPUS else float("nan")
@@ -165,14 +170,13 @@ def print_kernels(library: Path) -> None:
 
 def print_figures(found: list[figures.Figures]) -> None:
     """What the default call of each op executes: see bench/sass/figures.py, and NOTE [cycles] in its timeline.py."""
-    print(
-        "\nExecuted by a block amid a long row, lane instructions a parameter; modelled cycles from the block's start:"
-    )
-    print(f"{'sm':>4} {'dtype':>5} {'all':>6} {'in loop':>7} {'bytes':>5} {'narrow':>6} "
-          f"{'before the first load':>21} {'cycles':>6} {'to barrier':>10}  op")  # fmt: skip
+    print("\nExecuted by a block amid a long row, lane instructions a parameter (count_steps: a tensor), and modelled "
+          f"cycles of the block:\n{'sm':>4} {'dtype':>5} {'rows':>4} {'all':>6} {'in loop':>7} {'bytes':>5} "
+          f"{'narrow':>6} {'before first load':>17} {'cycles':>6} {'barrier at':>10} {'end':>5}  op")  # fmt: skip
     for f in found:
-        print(f"{f.arch:>4} {f.dtype:>5} {f.per_parameter:6.1f} {f.main_loop:7.1f} {f.moved_bytes:5.0f} {f.narrow:6} "
-              f"{f.before_first_load:21} {f.cycles.first_load:6} {f.cycles.barrier or '-':>10}  {f.op}")  # fmt: skip
+        print(f"{f.arch:>4} {f.dtype:>5} {f.rows:4} {f.per_parameter:6.1f} {f.main_loop:7.1f} {f.moved_bytes:5.0f} "
+              f"{f.narrow:6} {f.before_first_load:17} {f.cycles.first_load or '-':>6} {f.cycles.barrier or '-':>10} "
+              f"{f.cycles.end:5}  {f.op}")  # fmt: skip
 
 
 def main() -> None:
@@ -195,7 +199,7 @@ def main() -> None:
     if not found:
         sys.exit(f"{arguments.library} holds none of sm_{', sm_'.join(figures.ARCHITECTURES)}, whose calls are counted")
     if arguments.model:
-        return print_model({(f.op, f.dtype, f.arch): f.per_parameter for f in found})
+        return print_model({(f.op, f.dtype, f.arch): f.per_parameter for f in found if f.rows == 1})
     print_figures(found)
 
 

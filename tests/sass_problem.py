@@ -7,7 +7,7 @@ import torch
 from bench.sass import calls
 from bench.sass.binary import Entry
 from bench.sass.calls import Kernel, Row
-from bench.sass.machine import Block, Memory
+from bench.sass.machine import Memory
 from bench.sass.program import Program
 from bench.sass.walk import Walk
 from fsam_ext import ops
@@ -22,14 +22,18 @@ def place(memory: Memory, tensor: torch.Tensor) -> int:
 
 def values_of(problem: Problem, op: str, memory: Memory, chunks: int) -> dict:
     """The fields of the kernel's arguments, as the methods of Problem hand them over by default."""
-    names = ("ema", "backup", "first", "second", "stats", "partials", "steps", "grad_scale", "found_inf", "rho", "lr")
+    names = (
+        "ema", "backup", "first", "second", "stats", "partials", "steps", "index", "corrections", "grad_scale",
+        "found_inf", "rho", "lr",
+    )  # fmt: skip
     at = {name: place(memory, getattr(problem, name).reshape(-1)) for name in names}
     values = {
         "ema": calls.average(at["ema"]), "backup": at["backup"], "stats": at["stats"], "slots": at["partials"],
         "chunks": chunks, "momentum_buffer": at["first"], "exp_avg": at["first"], "exp_avg_sq": at["second"],
-        "steps": at["steps"], "grad_scale": calls.number(1.0, at["grad_scale"]),
-        "found_inf": calls.number(0.0, at["found_inf"]), "lr": calls.number(0.0, at["lr"]),
-        "rho": calls.number(0.0, at["rho"], is_double=True),
+        "steps": at["steps"], "index": at["index"], "corrections": at["corrections"],
+        "members": len(problem.index), "rows": len(problem.corrections),
+        "grad_scale": calls.number(1.0, at["grad_scale"]), "found_inf": calls.number(0.0, at["found_inf"]),
+        "lr": calls.number(0.0, at["lr"]), "rho": calls.number(0.0, at["rho"], is_double=True),
         "sigma": 0.9, "lmbda": 0.6, "dampening": 0.1, "weight_decay": 0.01,
     }  # fmt: skip
     return values | ({"eps": 1e-8} if op == "restore_adam" else {})
@@ -43,8 +47,10 @@ def execute(problem: Problem, kernel: Kernel, entry: Entry, program: Program) ->
         addresses = [place(memory, tensor) if numel else 0 for tensor in (param, grad)]
         rows.append(Row(*addresses, numel, int(problem.offsets[i]), i if kernel.op == "restore_adam" else chunks))
         chunks += ops.count_chunks([numel])
-    table, blocks = calls.table(rows, calls.SMALL_TABLE)
     values = values_of(problem, kernel.op, memory, chunks)
-    data = calls.parameters(kernel, table, values, calls.SMALL_TABLE, entry.parameter_bytes)
+    if kernel.has_table:
+        blocks = calls.table(rows, calls.capacity_of(entry.shown))[1]
+    else:
+        blocks = -(-len(problem.index) // kernel.threads)
     for block in range(blocks):
-        Walk(program, Block(calls.THREADS, block, calls.constants(entry, data), memory)).run()
+        Walk(program, calls.block_of(kernel, entry, rows, values, memory, block)).run()

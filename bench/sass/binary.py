@@ -84,6 +84,7 @@ class Entry:
     """A kernel of a cubin."""
 
     name: str  # mangled
+    shown: str  # with its template arguments
     symbol: int
     parameter_base: int  # in the bank of constants
     parameter_bytes: int
@@ -122,8 +123,9 @@ def entries(cubin: Path) -> list[Entry]:
         name = text(header[6], name_at)
         if info == 0x12 and f".text.{name}" in sections:  # a global function
             space = _parameter_space(sections[f".nv.info.{name}"][0])
-            found.append(Entry(name, index, *space, sections.get(f".nv.constant2.{name}", (b"",))[0]))
-    return found
+            found.append((name, index, *space, sections.get(f".nv.constant2.{name}", (b"",))[0]))
+    shown = demangled([name for name, *_ in found])
+    return [Entry(name, shown[name], *rest) for name, *rest in found]
 
 
 def disassemble(cubin: Path, wanted: list[Entry]) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ CHUNK = 4096  # csrc/tensor_table.h
 WARP_ROW = 2048  # csrc/cuda/kernels.cuh
 WARPS = 8
 THREADS = 32 * WARPS
+TABLES = (64, 800)
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Kernel:
     op: str
     arguments: str
     template: str  # its arguments, where {T} is the type of the parameters
+    threads: int = THREADS
+    has_table: bool = True
 
     def name(self, storage: str, rows: int) -> str:
-        """With its template arguments, for a type of parameters and a size of table."""
-        table = f"Table<{rows}>"
+        """With its template arguments, for a type of parameters and the smallest table that takes so many rows."""
+        table = f"Table<{min(size for size in TABLES if size >= rows)}>"
         return f"{self.op}_kernel<{self.template.format(T=storage, table=table)}>"
 
 
@@ -43,8 +46,8 @@ KERNELS = [
     Kernel("restore_sgd", "SgdArguments", "{T}, false, true, {table}"),
     Kernel("restore_adam", "AdamArguments", "{T}, false, {table}"),
 ]
+COUNT_STEPS = Kernel("count_steps", "CountArguments", "float", 128, False)  # compiled with the kernels of fp32
 STORAGE = {"fp32": "float", "bf16": "fsam::bfloat16"}
-SMALL_TABLE = 64
 
 
 def number(otherwise: float, data: int = 0, is_double: bool = False) -> dict:
@@ -100,22 +103,21 @@ class ChangedParameters(Exception):
     """The binary takes parameters of another size than the headers say."""
 
 
-def parameters(kernel: Kernel, rows: dict, values: dict, capacity: int, nbytes: int) -> bytes:
-    """The parameters of a call, which have to be as many bytes as the binary takes."""
+def block_of(kernel: Kernel, entry: Entry, rows: list[Row], values: dict, memory: Memory, block: int) -> Block:
+    """A block of a call. The parameters have to be as many bytes as the binary takes."""
     result = Parameters()
-    result.struct("Table", rows, {"kRows": capacity})
+    if kernel.has_table:
+        capacity = capacity_of(entry.shown)
+        result.struct("Table", table(rows, capacity)[0], {"kRows": capacity})
     result.struct(kernel.arguments, DEFAULTS | values)
-    if len(result.data) != nbytes:
+    if len(result.data) != entry.parameter_bytes:
         raise ChangedParameters(
-            f"{kernel.op}: {len(result.data)} bytes of parameters from the headers, {nbytes} in the binary: "
-            "build it again, or mend bench/sass/layout.py"
+            f"{kernel.op}: {len(result.data)} bytes of parameters from the headers, {entry.parameter_bytes} in the "
+            "binary: build it again, or mend bench/sass/layout.py"
         )
-    return bytes(result.data)
-
-
-def constants(entry: Entry, data: bytes) -> dict[int, bytes]:
-    """The banks of constants. What the driver writes before the parameters counts as zeros: no stack is used."""
-    return {0: bytes(entry.parameter_base) + data, 2: entry.own_constants}
+    # What the driver writes before the parameters counts as zeros: no stack is used.
+    banks = {0: bytes(entry.parameter_base) + bytes(result.data), 2: entry.own_constants}
+    return Block(kernel.threads, block, banks, memory)
 
 
 def capacity_of(name: str) -> int:
@@ -137,20 +139,28 @@ def _window(memory: Memory, dtype: str, fill: float) -> int:
     return memory.place(data) - BLOCK * data.nbytes
 
 
-def default_block(kernel: Kernel, dtype: str, entry: Entry) -> Block:
-    """One block amid a long row of aligned parameters."""
+def default_block(kernel: Kernel, dtype: str, entry: Entry, further_rows: int = 0) -> Block:
+    """One block amid a long row of aligned parameters, before which come `further_rows` shorter ones."""
     memory = Memory()
     param, grad, backup = (_window(memory, dtype, fill) for fill in (1.0, 0.5, 1.25))
     ema, first, second = (_window(memory, "fp32", fill) for fill in (0.25, 0.5, 0.0625))
     stats = memory.place(np.array([7.0, 0, 0, 0, 0]))
     slots = memory.place(np.zeros(8 * ROW_CHUNKS, np.float32))
-    steps = memory.place(np.array([10.0], np.float32))
+    corrections = memory.place(np.tile(np.array([1e-3, 0.5], np.float32), 1 + further_rows))
     values = {
         "ema": average(ema), "backup": backup, "stats": stats, "slots": slots, "chunks": ROW_CHUNKS,
-        "momentum_buffer": first, "exp_avg": first, "exp_avg_sq": second, "steps": steps,
+        "momentum_buffer": first, "exp_avg": first, "exp_avg_sq": second, "corrections": corrections,
     }  # fmt: skip
+    if kernel.op == "count_steps":
+        steps, index = np.full(kernel.threads, 10, np.float32), np.arange(kernel.threads)
+        corrections = memory.place(np.zeros((kernel.threads, 2), np.float32))
+        values |= {
+            "steps": memory.place(steps), "index": memory.place(index), "members": kernel.threads,
+            "rows": kernel.threads, "corrections": corrections,
+        }  # fmt: skip
+        return block_of(kernel, entry, [], values, memory, 0)
     if kernel.op == "restore_adam":
         values |= {"weight_decay": 1e-2, "eps": 1e-8}
-    rows, _ = table([Row(param, grad, CHUNK * ROW_CHUNKS, 0, 0)], SMALL_TABLE)
-    data = parameters(kernel, rows, values, SMALL_TABLE, entry.parameter_bytes)
-    return Block(THREADS, BLOCK, constants(entry, data), memory)
+    rows = [Row(0, 0, CHUNK, 0, i) for i in range(further_rows)]
+    rows.append(Row(param, grad, CHUNK * ROW_CHUNKS, 0, further_rows))
+    return block_of(kernel, entry, rows, values, memory, further_rows + BLOCK)

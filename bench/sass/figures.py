@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.sass import binary, calls
-from bench.sass.calls import CHUNK, KERNELS, SMALL_TABLE, STORAGE, Kernel
+from bench.sass.calls import CHUNK, COUNT_STEPS, KERNELS, STORAGE, Kernel
 from bench.sass.program import Program, parse
 from bench.sass.timeline import Timeline, timeline
 from bench.sass.walk import Issue, Walk
 
 ARCHITECTURES = ("80", "90", "100")
 LANES = 32
+ROWS = (1, 148)  # a flattened model; GPT-2
 
 CLASSES = {
     "arithmetic": "FADD FMUL FFMA FSEL FSETP FSET FMNMX MUFU FCHK DADD DMUL DFMA DSETP",
@@ -39,8 +40,9 @@ class Figures:
 
     op: str
     dtype: str
+    rows: int
     arch: str
-    per_parameter: float  # lane instructions of the whole block
+    per_parameter: float  # lane instructions of the whole block; count_steps: for each tensor
     main_loop: float  # of these, from the first instruction of the main loop to its last one
     before_first_load: int  # instructions of the warp that issues most of them
     cycles: Timeline
@@ -50,24 +52,24 @@ class Figures:
     before_classes: dict[str, int]  # before the first load
 
     def __str__(self) -> str:
-        return f"{self.op} {self.dtype} sm_{self.arch}"
+        return f"{self.op} {self.dtype} sm_{self.arch}" + (f" of {self.rows} rows" if self.rows > 1 else "")
 
 
 def main_loop(issued: list[Issue]) -> tuple[int, int]:
     """From the first to behind the last instruction that belongs to the main loop."""
     inside = [i for i, issue in enumerate(issued) if issue.ins.in_main_loop]
-    return inside[0], inside[-1] + 1
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
 def first_load(issued: list[Issue]) -> int:
-    """How many instructions come before the first load of the main loop."""
-    loads = (i for i, issue in enumerate(issued) if issue.ins.opcode == "LDG" and issue.ins.in_main_loop)
-    return next(loads)
+    """How many instructions come before the first load of the main loop, or before any load without a main loop."""
+    loads = [i for i, issue in enumerate(issued) if issue.ins.opcode == "LDG"]
+    return next((i for i in loads if issued[i].ins.in_main_loop), loads[0])
 
 
-def count(kernel: Kernel, dtype: str, arch: str, walk: Walk) -> Figures:
+def count(kernel: Kernel, dtype: str, rows: int, arch: str, walk: Walk) -> Figures:
     """The figures of a walk."""
-    per = LANES / CHUNK
+    per = LANES / (CHUNK if kernel.has_table else kernel.threads)
     loops = [issued[slice(*main_loop(issued))] for issued in walk.issued]
     classes = Counter(class_of(issue.ins.opcode) for loop in loops for issue in loop)
     slowest = max(walk.issued, key=first_load)
@@ -80,6 +82,7 @@ def count(kernel: Kernel, dtype: str, arch: str, walk: Walk) -> Figures:
     return Figures(
         kernel.op,
         dtype,
+        rows,
         arch,
         sum(map(len, walk.issued)) * per,
         sum(map(len, loops)) * per,
@@ -92,12 +95,11 @@ def count(kernel: Kernel, dtype: str, arch: str, walk: Walk) -> Figures:
     )
 
 
-def programs(cubin: Path, dtype: str, kernels: list[Kernel] = KERNELS) -> list[tuple[Kernel, binary.Entry, Program]]:
-    """The kernels of default calls in a cubin."""
-    entries = binary.entries(cubin)
-    names = binary.demangled([entry.name for entry in entries])
-    by_name = {names[entry.name]: entry for entry in entries}
-    found = [(kernel, by_name[kernel.name(STORAGE[dtype], SMALL_TABLE)]) for kernel in kernels]
+def programs(cubin: Path, dtype: str, rows: int = 1) -> list[tuple[Kernel, binary.Entry, Program]]:
+    """The kernels of default calls in a cubin, for tables of so many rows."""
+    by_name = {entry.shown: entry for entry in binary.entries(cubin)}
+    kernels = [*KERNELS, COUNT_STEPS] if dtype == "fp32" else KERNELS
+    found = [(kernel, by_name[kernel.name(STORAGE[dtype], rows)]) for kernel in kernels]
     sections = binary.disassemble(cubin, [entry for _, entry in found])
     lines, arch = binary.main_loop_lines(), binary.architecture(cubin)
     return [
@@ -109,8 +111,12 @@ def programs(cubin: Path, dtype: str, kernels: list[Kernel] = KERNELS) -> list[t
 def _of_cubin(task: tuple[Path, str]) -> list[Figures]:
     cubin, dtype = task
     return [
-        count(kernel, dtype, program.arch, Walk(program, calls.default_block(kernel, dtype, entry)).run())
-        for kernel, entry, program in programs(cubin, dtype)
+        count(
+            kernel, dtype, rows, program.arch, Walk(program, calls.default_block(kernel, dtype, entry, rows - 1)).run()
+        )
+        for rows in ROWS
+        for kernel, entry, program in programs(cubin, dtype, rows)
+        if rows == 1 or kernel.has_table
     ]
 
 

@@ -44,7 +44,7 @@ def fields_of(name: str) -> list[Field]:
         line = re.sub(r"\s*=[^,;]*", "", " ".join(line.split()))  # without initial values
         if not line or line.startswith("static "):
             continue
-        kind, names = re.fullmatch(r"((?:const )?[\w:]+(?:<[^>]*>)?\s?\**)\s?(.+)", line).groups()
+        kind, names = re.fullmatch(r"((?:const )?[\w:]+(?:<.*>)?\s?\**)\s?(.+)", line).groups()
         for declared in names.split(","):
             member, count = re.fullmatch(r"\s*(\w+)(?:\[(\w+)\])?\s*", declared).groups()
             fields.append(Field("pointer" if "*" in kind else kind.strip(), member, count))
