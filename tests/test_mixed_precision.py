@@ -52,7 +52,7 @@ class Call:
         self.state = [inputs.flat(0.1), inputs.flat(0.1), inputs.flat(0.1).square_()]  # average or momentum; Adam's
         self.stats = torch.full((ops.STATISTICS,), 2.0, dtype=torch.float64, device=device)
         self.found_inf = torch.zeros((), device=device)
-        self.corrections = torch.full((len(params), 2), 0.3, device=device)
+        self.corrections = torch.full((len(params), 2), 0.3, dtype=inputs.state_dtype, device=device)
         self.scale = torch.tensor(3.0, device=device)
 
     def run(self, backend: Any, op: str, rounding: Tensor | None = None) -> None:

@@ -207,7 +207,7 @@ MISFITS = {
     "a row without a member": ("count_steps", {"index": lambda i: i[1:]}, r"shape \[rows, 2\] with at most .*, 6"),
     "flat corrections": ("count_steps", {"corrections": torch.Tensor.flatten}, r"corrections must have the shape"),
     "16-bit corrections": ("count_steps", {"corrections": torch.Tensor.half}, "corrections must be a contiguous float"),
-    "short stats": ("count_steps", {"stats": lambda s: s[:1]}, "stats must be a contiguous float64"),
+    "integer stats": ("count_steps", {"stats": torch.Tensor.int}, "stats must be a contiguous"),
     "an integer learning rate": ("count_steps", {"lr_tensor": torch.Tensor.int}, "lr_tensor must be"),
     "float rounding": ("restore_sgd", {"rounding": scales(2)}, "rounding must be a contiguous int64"),
     "a seed without a step": (
