@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from measure import HostClock, Triad, quantiles
-from plots import put_between_markers
-from rows import stamp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+# This checkout's package, wherever the command is called from and whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.measure import HostClock, Triad, quantiles
+from bench.plots import put_between_markers
+from bench.rows import stamp
 from fsam_ext import FriendlySAM
 from fsam_ext.flat_state import ALIGNMENT_BYTES
 
