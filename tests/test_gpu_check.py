@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cuda_check, gpu_check, rows
+from bench import gpu_check, rows
 from bench.gpu_run import budget, figures, merge, ncu, passes, runner, stages, tables
 
 ROOT = stages.ROOT
@@ -72,7 +71,7 @@ def test_every_measuring_stage_has_left_rows(dry):
     found = rows.read(dry[0] / "rows.csv")
     of = {(row.provider, row.metric) for row in found if row.median is not None}
     for backend in ("cuda", "triton"):
-        for op in passes.MOVED:
+        for op in passes.OPS:
             name = passes.provider(backend, op)
             assert (name, "time") in of and ((name, passes.SHARE) in of) == (op != "count_steps")
             assert op == "count_steps" or (name, "ncu instructions") in of
@@ -379,15 +378,28 @@ def test_a_backend_that_does_not_serve_says_why():
         passes.serving("cuda", torch.device("meta"))
 
 
-def test_the_prediction_beside_a_measurement_is_that_of_the_model():
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        cuda_check.print_model()
-    h100 = cuda_check.SHARE_OF_BANDWIDTH * tables.DATA_SHEETS["NVIDIA H100 80GB HBM3"]
-    for op, nbytes in (("noise_norm", 8), ("restore_adam", 28)):
-        (line,) = (line for line in printed.getvalue().splitlines() if line.startswith(f"| {op}, fp32 | 100M |"))
-        seconds = tables.predicted(op, nbytes, 1e8, h100)
-        assert float(line.split("|")[5].split()[0]) == pytest.approx(seconds * 1e6, abs=0.5)
+def measured(op: str, metric: str, unit: str, median: float, **other) -> rows.Row:
+    values = {"workload": "flat 100M", "dtype": "fp32", "base": "", "machine": "NVIDIA H100 80GB HBM3", **other}
+    name = passes.provider("cuda", op)
+    return rows.Row(name, "cuda", metric=metric, unit=unit, median=median, q20=median, q80=median, samples=9,
+                    device="cuda", **values)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected", "says"),
+    [("NVIDIA H100 80GB HBM3", "932 us", "0.9 of 3.35 TB/s"), ("NVIDIA GB1000", "1.4 ms", "what a copy reaches")],
+)
+def test_a_prediction_stands_beside_the_measurement(machine, expected, says):
+    """That of the model for a GPU that it knows; for others a copy's rate: 2.8 GB at 2 TB/s, and a launch."""
+    found = [
+        measured("copy", "bandwidth", "GB/s", 2000.0, machine=machine),
+        measured("restore_adam", "time", "us", 1000.0, machine=machine),
+        measured("restore_adam", passes.SHARE, "%", 97.0, machine=machine),
+        measured("restore_adam", "ncu instructions", "/parameter", 41.0, machine=machine),
+    ]
+    text = tables.model(found)
+    assert f"| restore_adam, fp32 | 100M | 28 | {expected} | 1 ms | - | 97 % / - | 41 / - |" in text
+    assert says in text
 
 
 def test_a_page_stays_as_it_is_where_no_row_is_for_it():

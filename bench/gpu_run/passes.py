@@ -11,19 +11,12 @@ from typing import Any
 import torch
 
 from bench import measure, rows
+from bench.gpu_model import MOVED
 from fsam_ext import ops
 from fsam_ext.backends import CANDIDATES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# pass -> values that it reads and writes for each parameter: in the parameters' dtype, and in the state's.
-MOVED = {
-    "noise_norm": (1, 1),
-    "perturb": (4, 2),
-    "restore": (2, 0),
-    "restore_sgd": (3, 2),
-    "count_steps": (0, 0),  # its time does not depend on their number
-    "restore_adam": (3, 4),
-}
+OPS = ("noise_norm", "perturb", "restore", "restore_sgd", "count_steps", "restore_adam")
 # Parameters of one tensor, or cut into tensors of 256 elements: the smallest that models have many of.
 TINY = 256
 # (dtype, parameters, layout) in the order of their worth: a run that is cut short has the first ones.
@@ -40,8 +33,8 @@ SHARE = "share of a copy's bandwidth"
 
 
 def moved(op: str, dtype: torch.dtype) -> int:
-    """Bytes that a pass reads and writes for each parameter of a dtype."""
-    stored, state = MOVED[op]
+    """Bytes that a pass reads and writes for each parameter of a dtype; 0 where its time does not depend on them."""
+    stored, state = MOVED.get(op, (0, 0))
     return stored * dtype.itemsize + state * ops.compute_dtype(dtype).itemsize
 
 
@@ -74,7 +67,7 @@ class Passes:
         self.corrections = torch.ones(len(sizes), 2, dtype=state, device=device)
         # name -> (call, bytes read and written for each parameter)
         self.calls: dict[str, tuple[Callable[[], None], int]] = {
-            op: (getattr(self, op), moved(op, dtype)) for op in MOVED
+            op: (getattr(self, op), moved(op, dtype)) for op in OPS
         }
 
     def noise_norm(self) -> None:

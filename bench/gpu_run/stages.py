@@ -26,7 +26,8 @@ from bench.gpu_run.tools import find
 
 ROOT = Path(__file__).resolve().parents[2]
 STUBS = Path(__file__).parent / "stubs"
-# Where bench/triton_cache.py leaves kernels that were compiled on another machine.
+# Kernels that bench/triton_cache.py has compiled on another machine, and where they are unpacked.
+TRITON_ARCHIVE = ROOT / "build/triton-cache.tar.xz"
 TRITON_CACHE = ROOT / "build/triton-cache"
 MOST_WORKERS = 12
 # Of whole optimizer steps, in the order of their worth; our package takes part always.
@@ -62,7 +63,7 @@ class Setting:
         if self.dry:
             tools = f"{STUBS}{os.pathsep}{os.environ['PATH']}"
             found |= {"PATH": tools, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        elif TRITON_CACHE.is_dir():
+        else:
             found["TRITON_CACHE_DIR"] = str(TRITON_CACHE)
         return found
 
@@ -109,6 +110,12 @@ def _smoke(tests: str) -> Callable[[Setting, float], list[str]]:
         return _pytest(tests, "-m", "gpu and not large", *(["--collect-only"] if setting.dry else []))
 
     return command
+
+
+def _triton_cache(setting: Setting, seconds: float) -> list[str]:
+    if not TRITON_ARCHIVE.exists():
+        raise Missing(f"no {TRITON_ARCHIVE.relative_to(ROOT)}: Triton compiles here")
+    return [sys.executable, str(ROOT / "bench/triton_cache.py"), "unpack", str(TRITON_ARCHIVE), str(TRITON_CACHE)]
 
 
 def _training_tests(setting: Setting, seconds: float) -> list[str]:
@@ -188,6 +195,7 @@ _ALONE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 STAGES = (
     Stage("facts", 60, _facts, figures.facts),
     Stage("smoke cuda", 60, _smoke("tests/test_cuda_gpu.py"), figures.tests, "cuda"),
+    Stage("triton cache", 30, _triton_cache, figures.last_line, "triton"),
     Stage("smoke triton", 40, _smoke("tests/test_triton.py"), figures.tests, "triton"),
     Stage("bandwidth cuda", 50, _bandwidth("cuda"), figures.bandwidth("cuda"), "cuda"),
     Stage("steps", 130, _steps, figures.steps),

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from bench.cuda_check import SECONDS_PER_LAUNCH, SHARE_OF_BANDWIDTH, SUM_SLOTS_BANDWIDTH
+from bench.gpu_model import GPUS, H200, SHARE_OF_BANDWIDTH, Gpu, seconds
 from bench.gpu_run import passes
 from bench.rows import Row
 from bench.workloads import TRAININGS, WORKLOADS
-from fsam_ext import ops
 
-# Bytes a second of the data sheets, by the name that the driver gives.
-DATA_SHEETS = {
-    "NVIDIA A100-SXM4-80GB": 2.039e12,
-    "NVIDIA H100 80GB HBM3": 3.35e12,
-    "NVIDIA H200": 4.8e12,
-    "NVIDIA B200": 8.0e12,
+# By the name that the driver gives.
+MODELLED = {
+    "NVIDIA A100-SXM4-80GB": GPUS["80"],
+    "NVIDIA H100 80GB HBM3": GPUS["90"],
+    "NVIDIA H200": H200,
+    "NVIDIA B200": GPUS["100"],
 }
 STEP_COLUMNS = {
     "foreach": "foreach",
@@ -115,12 +115,33 @@ def steps(rows: Iterable[Row]) -> str:
     return "\n".join([*parts, f"{figures.origin}."])
 
 
-def predicted(op: str, nbytes: float, numel: int, rate: float) -> float:
-    """Seconds of a pass by the model of docs/gpu-model.md, where memory moves ``rate`` bytes a second."""
-    seconds = SECONDS_PER_LAUNCH + nbytes * numel / rate
-    if op == "noise_norm":
-        seconds += SECONDS_PER_LAUNCH + 4 * numel / ops.CHUNK / SUM_SLOTS_BANDWIDTH
-    return seconds
+def modelled(machine: str, copy: float) -> Gpu:
+    """The GPU of the model that a machine is; of one that it does not know, one as fast as its copy (in GB/s)."""
+    return MODELLED.get(machine) or replace(H200, name=machine, bandwidth=copy * 1e9 / SHARE_OF_BANDWIDTH)
+
+
+def _pass_lines(figures: Figures, case: tuple[str, int, str], machine: str) -> list[list[str]]:
+    """A line for each pass of a case; memory is what a pass waits for by the model, whatever it executes."""
+    dtype, numel, layout = case
+    key = (passes.label(numel, layout), dtype, "")
+    copies = [figures.get(passes.provider(name, "copy"), *key, "bandwidth") for name in ("cuda", "triton")]
+    lines = []
+    for op in passes.OPS:
+        names = (passes.provider("cuda", op), passes.provider("triton", op))
+        nbytes = passes.moved(op, passes.DTYPES[dtype])
+        times, shares, counts = (
+            [figures.get(name, *key, metric) for name in names] for metric in ("time", passes.SHARE, "ncu instructions")
+        )
+        if not nbytes or times == [None, None]:
+            continue
+        expected = seconds(modelled(machine, max(filter(None, copies))), op, dtype, numel, instructions=0.0)
+        lines.append(
+            [f"{op}, {dtype}", key[0].split()[1], str(nbytes), duration(expected)]
+            + [duration(time and time * 1e-6) for time in times]
+            + [" / ".join("-" if share is None else f"{share:.0f} %" for share in shares)]
+            + [" / ".join("-" if count is None else f"{count:.0f}" for count in counts)]
+        )
+    return lines
 
 
 def model(rows: Iterable[Row]) -> str:
@@ -129,34 +150,16 @@ def model(rows: Iterable[Row]) -> str:
     Raises:
         ValueError: there are no rows of passes.
     """
-    rows = list(rows)
     figures = Figures(rows)
-    body = []
-    sheet = DATA_SHEETS.get(rows[0].machine) if rows else None
-    for case in [case for case in (*passes.CASES, *passes.DRY_CASES) if case[2] == "flat"]:
-        dtype, numel, layout = case
-        key = (passes.label(numel, layout), dtype, "")
-        copy = figures.get(passes.provider("cuda", "copy"), *key, "bandwidth") or figures.get(
-            passes.provider("triton", "copy"), *key, "bandwidth"
-        )
-        for op in passes.MOVED:
-            ours, theirs = passes.provider("cuda", op), passes.provider("triton", op)
-            nbytes = passes.moved(op, passes.DTYPES[dtype])
-            times = [figures.get(name, *key, "time") for name in (ours, theirs)]
-            if not nbytes or times == [None, None]:
-                continue
-            expected = predicted(op, nbytes, numel, SHARE_OF_BANDWIDTH * sheet if sheet else copy * 1e9)
-            shares = [figures.get(name, *key, passes.SHARE) for name in (ours, theirs)]
-            counts = [figures.get(name, *key, "ncu instructions") for name in (ours, theirs)]
-            body.append(
-                [f"{op}, {dtype}", key[0].split()[1], str(nbytes), duration(expected)]
-                + [duration(time and time * 1e-6) for time in times]
-                + [" / ".join("-" if share is None else f"{share:.0f} %" for share in shares)]
-                + [" / ".join("-" if count is None else f"{count:.0f}" for count in counts)]
-            )
+    machine = figures.rows[0].machine if figures.rows else ""
+    flat = [case for case in (*passes.CASES, *passes.DRY_CASES) if case[2] == "flat"]
+    body = [line for case in flat for line in _pass_lines(figures, case, machine)]
     if not body:
         raise ValueError("there are no rows of single passes: the stage 'bandwidth cuda' left none")
     head = ["pass", "parameters", "bytes each", "predicted", "CUDA", "Triton", "of a copy", "instructions each"]
-    by = f"0.9 of {sheet / 1e12:.2f} TB/s" if sheet else "what a copy reaches in the same run"
+    known = MODELLED.get(machine)
+    by = (
+        f"{SHARE_OF_BANDWIDTH} of {known.bandwidth / 1e12:.2f} TB/s" if known else "what a copy reaches in the same run"
+    )
     rest = f"Predicted with {by}. The last two columns: CUDA / Triton. {figures.origin}."
     return "\n".join([*_lines(head, body), "", rest])
