@@ -42,9 +42,12 @@ def test_every_stage_is_walked_in_order(dry):
     folder, printed = dry
     found = json.loads((folder / "stages.json").read_text())
     assert [stage["stage"] for stage in found] == NAMES
-    assert {stage["verdict"] for stage in found} == {runner.OK}, (folder / "table.txt").read_text()
+    # The archive of Triton's kernels is made on purpose only, and then it is not made for an interpreter.
+    bad = {stage["stage"] for stage in found if stage["verdict"] != runner.OK} - {"triton cache"}
+    assert not bad, (folder / "table.txt").read_text()
     log = (folder / "log.txt").read_text()
-    assert [line[5:].partition(":")[0] for line in log.splitlines() if line.startswith("==== ")] == NAMES
+    begun = [line[5:].partition(":")[0] for line in log.splitlines() if line.startswith("==== ")]
+    assert begun == [name for name in NAMES if name in begun] and set(NAMES) - set(begun) <= {"triton cache"}
     assert printed.endswith((folder / "table.txt").read_text())
 
 
@@ -409,10 +412,14 @@ def test_a_page_stays_as_it_is_where_no_row_is_for_it():
             make([row])
 
 
-def test_the_environment_is_the_same_as_that_of_the_device(monkeypatch, tmp_path):
-    """Kernels that were compiled elsewhere are found where they were put."""
-    monkeypatch.setattr(stages, "TRITON_CACHE", tmp_path)
-    assert stages.Setting(tmp_path).environment["TRITON_CACHE_DIR"] == str(tmp_path)
+def test_kernels_that_were_compiled_elsewhere_are_found_where_they_are_unpacked(monkeypatch, tmp_path):
+    (cache,) = (s for s in stages.STAGES if s.name == "triton cache")
+    monkeypatch.setattr(stages, "TRITON_ARCHIVE", ROOT / "build/none")
+    with pytest.raises(stages.Missing, match="no build/none: Triton compiles here"):
+        cache.command(stages.Setting(tmp_path), 30)
+    monkeypatch.setattr(stages, "TRITON_ARCHIVE", tmp_path)  # it is there
+    command = cache.command(stages.Setting(tmp_path), 30)
+    assert command[-1] == stages.Setting(tmp_path).environment["TRITON_CACHE_DIR"]
     assert "TRITON_INTERPRET" not in stages.Setting(tmp_path).environment
     assert stages.Setting(tmp_path, dry=True).environment["TRITON_INTERPRET"] == "1"
     assert str(ROOT) == stages.Setting(tmp_path).environment["PYTHONPATH"].split(os.pathsep)[0]
