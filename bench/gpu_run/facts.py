@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import rows
+from bench import gpu, rows
 from bench.gpu_run.passes import Passes, serving
 from fsam_ext import info
 
@@ -48,7 +48,7 @@ def missing_backends(device: torch.device) -> dict[str, str]:
     return found
 
 
-def gpu(device: torch.device) -> dict[str, Any]:
+def of_gpu(device: torch.device) -> dict[str, Any]:
     """The GPU's own numbers; none of a CPU."""
     if device.type != "cuda":
         return {}
@@ -56,9 +56,9 @@ def gpu(device: torch.device) -> dict[str, Any]:
     return {
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
+        "l2_bytes": gpu.cache_bytes(device),
         "memory_bytes": properties.total_memory,
-        "free_bytes": torch.cuda.mem_get_info(device)[0],
+        "free_bytes": gpu.free_bytes(device),
     }
 
 
@@ -68,7 +68,7 @@ def gather(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": device.type,
         "machine": rows.machine(device),
-        "gpu": gpu(device),
+        "gpu": of_gpu(device),
         "nvidia_smi": nvidia_smi(),
         "versions": rows.versions(),
         "cuda_of_torch": torch.version.cuda,
@@ -91,8 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.suppress(FileNotFoundError):
         known = json.loads(args.out.read_text())
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(f"torch {torch.__version__} sees no GPU here; what it has of one: {nvidia_smi()}")
+        reason = f"torch {torch.__version__} sees no GPU here"
+        args.out.write_text(json.dumps({**known, "no_device": reason}, indent=2) + "\n")
+        raise SystemExit(f"{nvidia_smi()}\n{reason}")
     facts = {**known, **gather(device)}
+    facts.pop("no_device", None)
     args.out.write_text(json.dumps(facts, indent=2) + "\n")
     print(info.describe(device))
     print(json.dumps(facts, indent=2))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench import measure, rows
+from bench import gpu, measure, rows
 from bench.gpu_model import MOVED
 from fsam_ext import ops
 from fsam_ext.backends import CANDIDATES
@@ -132,18 +132,13 @@ def row(backend: str, op: str, case: tuple[str, int, str], metric: str, unit: st
 
 def fits(numel: int, device: torch.device) -> bool:
     """Whether a case fits into what is free of the device's memory."""
-    return device.type == "cpu" or torch.cuda.mem_get_info(device)[0] > ROOM * numel
-
-
-def clock_for(device: torch.device) -> measure.HostClock | measure.DeviceClock:
-    """On a GPU one that finds nothing of the tensors in its L2: models are larger than that."""
-    return measure.DeviceClock(flush=True) if device.type == "cuda" else measure.HostClock()
+    return not gpu.serves(device) or gpu.free_bytes(device) > ROOM * numel
 
 
 def bandwidths(name: str, device: torch.device, case: tuple[str, int, str], seconds: float) -> list[rows.Row]:
     """Each pass of a backend beside a copy in the same round: the share of the copy's bandwidth that it reaches."""
     dtype, numel, layout = case
-    clock = clock_for(device)
+    clock = measure.clock_for(device, flush=True)  # models are larger than an L2
     passes = Passes(serving(name, device), device, DTYPES[dtype], numel, layout)
     source = torch.ones(min(8 * numel, LARGEST_COPY), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -174,7 +169,7 @@ def once(name: str, device: torch.device, cases: list[tuple[str, int, str]]) -> 
         passes = Passes(serving(name, device), device, DTYPES[dtype], numel, layout)
         for call, _ in passes.calls.values():
             call()
-    if device.type == "cuda":
+    if gpu.serves(device):
         torch.cuda.synchronize()
 
 
@@ -201,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.write(args.out, rows.merge(rows.read(args.out), found))
         for one in found:
             print(f"{title:16} {one.provider:26} {one.median:12.1f} {one.unit:5} {one.metric}", flush=True)
-        if device.type == "cuda":
+        if gpu.serves(device):
             torch.cuda.empty_cache()
 
 

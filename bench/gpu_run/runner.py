@@ -93,8 +93,9 @@ class Run:
 
     def _attempt(self, stage: Stage) -> Result:
         """Runs a stage where that can be; whatever goes wrong in it is its own verdict."""
-        missing = self.facts().get("missing_backends", {}).get(stage.backend)
-        if missing is not None:
+        facts = self.facts()
+        missing = facts.get("missing_backends", {}).get(stage.backend) or (self.results and facts.get("no_device"))
+        if missing:
             return Result(stage.name, ABSENT, 0.0, missing)
         seconds = self._budget.cut(stage.limit)
         if seconds < min(SHORTEST, stage.limit):
@@ -165,4 +166,6 @@ def begin(setting: Setting, commit: str) -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
     if known.get("dry_run", setting.dry) != setting.dry:
         sys.exit(f"--out {setting.out} holds a {'dry' if known['dry_run'] else 'real'} run; name another folder")
-    write(path, json.dumps({**known, "dry_run": setting.dry, "commit": commit}, indent=2) + "\n")
+    known.pop("no_device", None)
+    known |= {"dry_run": setting.dry, "commit": commit or known.get("commit", "")}
+    write(path, json.dumps(known, indent=2) + "\n")
