@@ -240,8 +240,12 @@ def _set_up(
         found.failures[graph] = reason_of(error)
         runners.pop(graph, None)
         del runners[name]  # a capture that broke off may have left it between its halves
-        runners[name] = Runner(kind, case.work, gradients, base)
-        runners[name].first_step()
+        try:
+            again = Runner(kind, case.work, gradients, base)
+            again.first_step()
+            runners[name] = again
+        except Exception as after:
+            found.failures[name] = f"{reason_of(after)} (after its graph failed)"
 
 
 def _footprint(kind: type[Provider], work: Workload, gradients: list[Tensor], base: Base) -> dict[str, float]:

@@ -270,9 +270,10 @@ def test_the_table_of_state_has_what_was_measured(bench):
     assert lines[0] == "a" and lines[-1] == "b"
 
 
-def test_a_pages_table_is_the_one_that_its_rows_make(bench):
-    """The README's, of the machine that its caption names."""
-    page = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("name", ["README.md", "docs/mixed-precision.md"])
+def test_a_pages_table_is_the_one_that_its_rows_make(bench, name):
+    """Of the machine that its caption names."""
+    page = (ROOT / name).read_text()
     files = [bench("rows").read(path) for path in sorted(bench("rows").RESULTS.glob("*.csv"))]
     (rows,) = (rows for rows in files if rows[0].machine in page)
     assert bench("plots").fill(page, rows) == page

@@ -237,6 +237,36 @@ def test_a_capture_that_fails_costs_its_graph_only_and_the_provider_begins_anew(
     assert len(made) == 2
 
 
+def test_a_device_that_is_lost_in_a_capture_costs_that_provider_and_nobody_else(machine, monkeypatch):
+    class Lost(Foreach):
+        name = "lost"
+
+        def __init__(self, *args):
+            if gpu.capture is broken:
+                raise RuntimeError("out of memory")
+            super().__init__(*args)
+
+    whole = gpu.capture
+
+    def capture(call):
+        if isinstance(call.__self__, Lost):
+            monkeypatch.setattr(gpu, "capture", broken)
+            raise RuntimeError("out of memory")
+        return whole(call)
+
+    def broken(call):
+        raise AssertionError("nobody else is captured after it")
+
+    monkeypatch.setattr(gpu, "capture", capture)
+    machine.own_time = 2.0**-20
+    kinds = {"fsam_ext": all_providers(CPU)["fsam_ext"], "lost": Lost}
+    *_, rows = measure_steps(Case(SMALL, "fp32", "sgd", ("fsam_ext", "lost"), 0.0), run_of(kinds))
+    found = figures(rows)
+    assert found["lost", "step"].note == "not run: RuntimeError: out of memory (after its graph failed)"
+    assert found["lost graph", "step"].note == "not run: RuntimeError: out of memory"
+    assert found["fsam_ext", "step"].median is not None and found["fsam_ext graph", "step"].median is not None
+
+
 def test_fused_bases_can_be_captured_with_adamw():
     class OnAGpu:
         is_cuda = True

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.peers import BASES, BaseOnly, Foreach, Official, Plain, Provider, PytorchOptimizer, SamByHand
+from bench.peers import BASES, BaseOnly, Compiled, Foreach, Official, Plain, Provider, PytorchOptimizer, SamByHand
 from bench.providers import PACKAGE, all_providers, missing_providers
 
 from .host_waits import HostWaits
@@ -54,6 +54,12 @@ def test_our_own_step_reads_nothing_back_once_its_state_is_made(name, base):
             provider.ascend()
             provider.descend()
     assert waits.found == []
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_what_the_compiled_peer_compiles_does_not_wait_for_the_device(base, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    assert waits_of(Compiled, base) == []
 
 
 class LerpOfATensor(Foreach):
