@@ -22,6 +22,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from bench.sass import binary  # noqa: E402
 from fsam_ext import _library, ops  # noqa: E402
 from fsam_ext.backends import reference  # noqa: E402
 from fsam_ext.backends import triton as backend  # noqa: E402
@@ -29,6 +30,7 @@ from fsam_ext.backends.triton import kernels, launch, passes, rows, tables  # no
 
 DEVICE = "cpu" if backend.INTERPRETED else "cuda"
 NAMESPACE = getattr(torch.ops, backend.NAMESPACE)
+NEEDS_SASS = pytest.mark.skipif(binary.missing_tools() is not None, reason=str(binary.missing_tools()))
 NEEDS_CPU_LIBRARY = pytest.mark.skipif(_library.CPU_REASON is not None, reason=str(_library.CPU_REASON))
 
 # numpy, in the interpreter, warns of what a GPU does without a word.
@@ -613,6 +615,43 @@ def test_steps_launch_once_for_each_pass_and_hand_over_what_the_kernels_take():
         ascent = [["noise_norm", chunks], ["sum_partials", ops.STATISTICS], ["perturb", chunks]]
         assert found["sgd", number] == [*ascent, ["restore_sgd", chunks]]
         assert found["adamw", number] == [*ascent, ["count_steps", -(-number // 128)], ["restore_adam", chunks]]
+
+
+# ---- Executed: triton_sass.py ----------------------------------------------------------------------------------------
+
+# For each byte that a pass moves an H200 has time for 7.8 instructions (bench/gpu_model.py, NOTE [issue limit]).
+SHARE_OF_THE_ISSUE_LIMIT = 0.6
+# What a warp issues at most before it asks for a tensor's elements: scalars in fp64, and its place in the table.
+BEFORE_FIRST_WIDE_LOAD = 150
+
+
+def executed(*options: str) -> dict[tuple, dict]:
+    done = run_python("-m", "tests.triton_sass", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {tuple(case): facts for case, facts in map(json.loads, done.stdout.splitlines())}
+
+
+@NEEDS_CPU_LIBRARY
+@NEEDS_SASS
+def test_the_compiled_code_gives_the_bits_of_the_cpu_backend_and_issues_few_instructions():
+    from bench import gpu_model
+
+    for (op, dtype, _, table), facts in executed().items():
+        print(op, dtype, "table" if table else "one row", facts)
+        assert not facts["differs"], (op, dtype, table)
+        if op != "count_steps":
+            nbytes = gpu_model.bytes_per_parameter(op, {"float32": "fp32", "bfloat16": "bf16"}[dtype])
+            limit = SHARE_OF_THE_ISSUE_LIMIT * gpu_model.H200.issue_limit(nbytes, 4.3e12)
+            assert facts["instructions"] <= limit, (op, dtype, table)
+            assert facts["before_first_wide_load"] <= BEFORE_FIRST_WIDE_LOAD, (op, dtype, table)
+
+
+@NEEDS_CPU_LIBRARY
+@NEEDS_SASS
+@pytest.mark.large
+def test_all_compiled_code_gives_the_bits_of_the_cpu_backend():
+    found = executed("--all")
+    assert len(found) > 60 and not {case: facts["differs"] for case, facts in found.items() if facts["differs"]}
 
 
 # ---- What only a GPU has, with fakes in its place --------------------------------------------------------------------
