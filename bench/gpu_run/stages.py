@@ -151,7 +151,7 @@ def _steps(setting: Setting, seconds: float) -> list[str]:
 
 def _training_steps(setting: Setting, seconds: float) -> list[str]:
     if setting.dry:
-        return _bench(setting, seconds, ["train_gpt2"], "--providers", *PROVIDERS[:2])
+        return _bench(setting, seconds, ["train_gpt2"], "--providers", "plain", *PROVIDERS[:2])
     return _bench(setting, seconds, ["train_gpt2", "train_resnet50"], "--seconds", "8", "--compile", "train_gpt2")
 
 

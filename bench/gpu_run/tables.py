@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from bench.gpu_model import GPUS, H200, SHARE_OF_BANDWIDTH, Gpu, seconds
 from bench.gpu_run import passes
+from bench.plots import GPU_TIMES
 from bench.rows import Row
 from bench.workloads import TRAININGS, WORKLOADS
 
@@ -19,13 +20,15 @@ MODELLED = {
 }
 STEP_COLUMNS = {
     "foreach": "foreach",
+    "foreach graph": "as a graph",
     "compiled": "compiled",
+    "compiled graph": "as a graph",
     "fsam_ext": "fsam_ext",
     "fsam_ext graph": "as a graph",
     "fsam_ext flat": "flat",
     "fsam_ext triton": "Triton",
 }
-TRAINING_COLUMNS = {"official": "official", "foreach": "foreach", "compiled": "compiled", "fsam_ext": "fsam_ext"}
+TRAINING_COLUMNS = ("base", "sam by hand", "official", "foreach", "compiled", "fsam_ext", "fsam_ext triton")
 
 
 class Figures:
@@ -57,14 +60,14 @@ def _lines(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(head) + " |", separator, *("| " + " | ".join(cells) + " |" for cells in body)]
 
 
-def duration(seconds: float | None) -> str:
-    """In the unit that suits it."""
-    if seconds is None:
+def duration(value: float | None, unit: float = 1.0) -> str:
+    """Of a value in units of so many seconds, in the unit that suits it."""
+    if value is None:
         return "-"
-    for factor, unit in ((1e6, "us"), (1e3, "ms")):
-        if seconds * factor < 999.5:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds:.3g} s"
+    for factor, name in ((1e6, "us"), (1e3, "ms")):
+        if value * unit * factor < 999.5:
+            return f"{value * unit * factor:.3g} {name}"
+    return f"{value * unit:.3g} s"
 
 
 def _times(value: float | None) -> str:
@@ -77,6 +80,37 @@ def _title(case: tuple[str, str, str]) -> str:
     return f"{known.title if known else workload}, {dtype}, {base}"
 
 
+def _steps(figures: Figures, cases: list[tuple[str, str, str]]) -> list[str]:
+    head = ["optimizer part of a step", "official", *STEP_COLUMNS.values(), "of the memory bus"]
+    body = [
+        [
+            _title(case),
+            duration(figures.get("official", *case, "step"), 1e-3),
+            *(_times(figures.get(name, *case, "speedup_over official")) for name in STEP_COLUMNS),
+            f"{figures.get('fsam_ext', *case, 'bus_fraction') or float('nan'):.2f}",
+        ]
+        for case in cases
+    ]
+    caption = f"Time of the official sequence, and how many times faster each one is. {GPU_TIMES}"
+    return [*_lines(head, body), "", caption.strip(), ""]
+
+
+def _training(figures: Figures, cases: list[tuple[str, str, str]]) -> list[str]:
+    body = [
+        [
+            _title(case),
+            duration(figures.get("plain", *case, "step"), 1e-3),
+            *(_times(figures.get(name, *case, "cost_over_plain")) for name in TRAINING_COLUMNS),
+        ]
+        for case in cases
+    ]
+    caption = (
+        "Time of plain training, which makes one forward-backward, and everyone's over it. `base` makes two and perturbs "
+        "nothing."
+    )
+    return [*_lines(["whole training step", "plain", *TRAINING_COLUMNS], body), "", caption, ""]
+
+
 def steps(rows: Iterable[Row]) -> str:
     """Markdown for the README: optimizer steps against the others, and what F-SAM costs whole training steps.
 
@@ -84,32 +118,10 @@ def steps(rows: Iterable[Row]) -> str:
         ValueError: there are no rows of either.
     """
     figures = Figures(rows)
-    training = figures.cases("cost_over_base")
+    training = figures.cases("cost_over_plain")
     optimizer = [case for case in figures.cases("step") if case not in training]
-    parts = []
-    if optimizer:
-        body = [
-            [
-                _title(case),
-                duration((figures.get("official", *case, "step") or 0) / 1e3 or None),
-                *(_times(figures.get(name, *case, "speedup_over official")) for name in STEP_COLUMNS),
-                f"{figures.get('fsam_ext', *case, 'bus_fraction') or float('nan'):.2f}",
-            ]
-            for case in optimizer
-        ]
-        parts += _lines(["optimizer part of a step", "official", *STEP_COLUMNS.values(), "of the memory bus"], body)
-        parts += ["", "Time of the official sequence, and how many times faster each one is.", ""]
-    if training:
-        body = [
-            [
-                _title(case),
-                duration((figures.get("base", *case, "step") or 0) / 1e3 or None),
-                *(_times(figures.get(name, *case, "cost_over_base")) for name in TRAINING_COLUMNS),
-            ]
-            for case in training
-        ]
-        parts += _lines(["whole training step", "base, two passes", *TRAINING_COLUMNS.values()], body)
-        parts += ["", "Time of two forward-backwards and the fused base alone, and F-SAM's time over it.", ""]
+    parts = _steps(figures, optimizer) if optimizer else []
+    parts += _training(figures, training) if training else []
     if not parts:
         raise ValueError("there are no rows of whole steps: the stages 'steps' and 'training steps' left none")
     return "\n".join([*parts, f"{figures.origin}."])
@@ -137,7 +149,7 @@ def _pass_lines(figures: Figures, case: tuple[str, int, str], machine: str) -> l
         expected = seconds(modelled(machine, max(filter(None, copies))), op, dtype, numel, instructions=0.0)
         lines.append(
             [f"{op}, {dtype}", key[0].split()[1], str(nbytes), duration(expected)]
-            + [duration(time and time * 1e-6) for time in times]
+            + [duration(time, 1e-6) for time in times]
             + [" / ".join("-" if share is None else f"{share:.0f} %" for share in shares)]
             + [" / ".join("-" if count is None else f"{count:.0f}" for count in counts)]
         )
