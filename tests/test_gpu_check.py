@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +104,34 @@ def test_its_rows_go_into_a_repository(dry, tmp_path):
     assert rows.read(path) == [row for row in rows.read(path) if row.device == "cpu"]
     with pytest.raises(SystemExit, match="holds a dry run"):
         gpu_check.main(["--merge", str(dry[0])])
+
+
+def as_if_real(dry: Path, folder: Path) -> Path:
+    """A dry run's figures under the names that a GPU's have."""
+    folder.mkdir()
+    names = {"device": "cuda", "machine": "NVIDIA H200", "commit": ""}
+    found = [row for row in rows.read(dry / "rows.csv") if row.device == "cpu"]
+    found = [replace(row, workload=row.workload.removesuffix(" (tiny)"), **names) for row in found]
+    rows.write(folder / "rows.csv", found)
+    known = json.loads((dry / "facts.json").read_text()) | {
+        "dry_run": False,
+        "device": "cuda",
+        "machine": "NVIDIA H200",
+    }
+    (folder / "facts.json").write_text(json.dumps(known))
+    return folder
+
+
+def test_rows_of_a_gpu_have_its_names_and_plots(dry, tmp_path):
+    root = tmp_path / "root"
+    for page in merge.PAGES:
+        (root / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / page, root / page)
+    assert gpu_check.main(["--merge", str(as_if_real(dry[0], tmp_path / "run")), "--root", str(root)]) == 0
+    readme = (root / "README.md").read_text()
+    assert "| GPT-2 124M, fp32, sgd | " in readme and "NVIDIA H200; fsam_ext" in readme and "; abc1234, " in readme
+    names = {path.name for path in (root / "bench/results").iterdir()}
+    assert {"nvidia-h200.csv", "nvidia-h200-cuda-speedup.svg", "nvidia-h200-cuda-bus.svg"} <= names
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -105,8 +105,8 @@ def _training(figures: Figures, cases: list[tuple[str, str, str]]) -> list[str]:
         for case in cases
     ]
     caption = (
-        "Time of plain training, which makes one forward-backward, and everyone's over it. `base` makes two and perturbs "
-        "nothing."
+        "Time of plain training, which makes one forward-backward, and everyone's over it. `base` makes two and "
+        "perturbs nothing."
     )
     return [*_lines(["whole training step", "plain", *TRAINING_COLUMNS], body), "", caption, ""]
 
