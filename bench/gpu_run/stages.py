@@ -202,10 +202,10 @@ STAGES = (
     Stage("training tests", 70, _training_tests, figures.tests),
     Stage("training steps", 105, _training_steps, figures.training_steps),
     Stage("bandwidth triton", 40, _bandwidth("triton"), figures.bandwidth("triton"), "triton"),
-    Stage("conformance cuda", 60, _conformance("cuda"), figures.tests, "cuda"),
+    Stage("conformance cuda", 75, _conformance("cuda"), figures.tests, "cuda"),
     Stage("ncu cuda", 40, _ncu("cuda"), figures.ncu("cuda"), "cuda"),
     Stage("memcheck", 50, _sanitizer("memcheck"), figures.sanitizer, "cuda", _ALONE),
-    Stage("conformance triton", 60, _conformance("triton"), figures.tests, "triton"),
+    Stage("conformance triton", 75, _conformance("triton"), figures.tests, "triton"),
     Stage("racecheck", 50, _sanitizer("racecheck"), figures.sanitizer, "cuda", _ALONE),
     Stage("ncu triton", 40, _ncu("triton"), figures.ncu("triton"), "triton"),
 )
