@@ -25,7 +25,7 @@ def test_the_profilers_table_is_read(backend):
     """Around it stands what the profiler and the program say; its numbers have commas, some are n/a."""
     text = f'==PROF== Connected to process 1\nsome, "words"\n{recorded(backend)}==PROF== Disconnected\n'
     launches = ncu.parse(text)
-    assert len(launches) == 12
+    assert len(launches) == 2 * len(ncu.KERNELS[1:])  # each backend has a sum of its own name
     first, restore = launches[0], launches[3]
     assert first.op == "noise_norm" and restore.op == "restore"
     assert first.counters["gpu__time_duration.sum"] == pytest.approx(3.4e-6)
@@ -39,6 +39,17 @@ def test_the_profilers_table_is_read(backend):
     assert found[name, "fp32", "ncu instructions"].median == pytest.approx(63, abs=0.1)
     assert found[name, "bf16", "ncu bytes read"].median == pytest.approx(0.6 * 16, rel=0.01)
     assert found[name, "fp32", "ncu time"].unit == "us"
+
+
+def test_a_pass_of_several_launches_is_summed_and_an_odd_number_refused():
+    launches = [ncu.Launch("perturb", {"gpu__time_duration.sum": 1e-6, "launch__registers_per_thread": 40.0})] * 4
+    cases = [("fp32", 8192, "flat"), ("bf16", 8192, "flat")]
+    found = {(row.dtype, row.metric): row.median for row in ncu.as_rows(launches, "cuda", cases)}
+    assert found == {
+        (d, m): pytest.approx(v) for d in ("fp32", "bf16") for m, v in (("ncu time", 2), ("ncu registers", 40))
+    }
+    with pytest.raises(ValueError, match="perturb was launched 3 times for 2 cases"):
+        ncu.as_rows(launches[:3], "cuda", cases)
 
 
 @pytest.mark.parametrize(

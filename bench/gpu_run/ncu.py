@@ -10,7 +10,7 @@ import csv
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,23 +101,41 @@ def parse(text: str) -> list[Launch]:
     return launches
 
 
+def _of_case(launches: list[Launch], numel: int) -> Iterator[tuple[str, str, float]]:
+    """(metric, unit, figure) of the launches that one pass made: sums, and means of what does not add up."""
+    for counter in dict.fromkeys(counter for launch in launches for counter in launch.counters):
+        values = [launch.counters[counter] for launch in launches if counter in launch.counters]
+        metric, unit = COUNTERS[counter]
+        if unit == "us":
+            yield metric, unit, sum(values) * 1e6
+        elif unit == "B/parameter":
+            yield metric, unit, sum(values) / numel
+        elif unit == "/parameter":  # each one is executed for the lanes of a warp
+            yield metric, unit, sum(values) * WARP / numel
+        else:
+            yield metric, unit, sum(values) / len(values)
+
+
 def as_rows(launches: Iterable[Launch], backend: str, cases: list[tuple[str, int, str]]) -> list[rows.Row]:
-    """Rows of the passes' launches: every kernel runs once for each case, so its n-th launch is of the n-th case."""
-    found, seen = [], dict.fromkeys(KERNELS, 0)
+    """Rows of the passes' launches. Every case launches a kernel as often as the others do, one after the other.
+
+    Raises:
+        ValueError: that is not so.
+    """
+    by_op: dict[str, list[Launch]] = {}
     for launch in launches:
-        if launch.op is None or seen[launch.op] >= len(cases):
-            continue
-        case = cases[seen[launch.op]]
-        seen[launch.op] += 1
-        for counter, value in launch.counters.items():
-            metric, unit = COUNTERS[counter]
-            if unit == "us":
-                value *= 1e6
-            elif unit == "B/parameter":
-                value /= case[1]
-            elif unit == "/parameter":  # each one is executed for the lanes of a warp
-                value *= WARP / case[1]
-            found.append(passes.row(backend, launch.op, case, metric, unit, [value]))
+        if launch.op is not None:
+            by_op.setdefault(launch.op, []).append(launch)
+    found = []
+    for op, mine in by_op.items():
+        each, rest = divmod(len(mine), len(cases))
+        if rest:
+            raise ValueError(
+                f"{op} was launched {len(mine)} times for {len(cases)} cases; rows would be of the wrong ones"
+            )
+        for i, case in enumerate(cases):
+            part = mine[i * each : (i + 1) * each]
+            found += [passes.row(backend, op, case, metric, unit, [x]) for metric, unit, x in _of_case(part, case[1])]
     return found
 
 
