@@ -68,6 +68,18 @@ def test_a_stage_that_fails_does_so_alone(tmp_path, capsys):
     assert "why" in capsys.readouterr().out
 
 
+def test_stages_that_are_run_again_take_their_old_places(tmp_path):
+    """And those of an earlier run into the same folder stay, in the table too."""
+    walked(tmp_path, stage("a", "print('old')"), stage("b", "raise SystemExit('broken')"))
+    code, found = walked(tmp_path, stage("b", "print('mended')"))
+    assert code == 0
+    assert [(name, f["verdict"], f["figure"]) for name, f in found.items()] == [
+        ("a", "ok", "old"),
+        ("b", "ok", "mended"),
+    ]
+    assert "old" in (tmp_path / "table.txt").read_text() and "mended" in (tmp_path / "log.txt").read_text()
+
+
 def test_what_cannot_be_started_or_understood_is_a_verdict_too(tmp_path):
     def boom(found, output):
         raise KeyError("gone")

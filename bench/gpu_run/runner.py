@@ -52,6 +52,12 @@ def write(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
+def verdicts(folder: Path) -> list[Result]:
+    """What a folder knows of stages that were run into it."""
+    path = folder / "stages.json"
+    return [Result(**found) for found in json.loads(path.read_text())] if path.exists() else []
+
+
 def table(results: Sequence[Result], headline: str) -> str:
     """What fits a screen: a line for each stage."""
     width = max([len("stage"), *(len(result.stage) for result in results)])
@@ -61,11 +67,12 @@ def table(results: Sequence[Result], headline: str) -> str:
 
 
 class Run:
-    """One run of some stages into a folder."""
+    """One run of some stages into a folder, beside the verdicts that earlier runs left there on other stages."""
 
     def __init__(self, setting: Setting, stages: Sequence[Stage], seconds: float) -> None:
         self.setting, self.stages, self.seconds = setting, stages, seconds
         self.results: list[Result] = []
+        self._earlier = [result for result in verdicts(setting.out) if result.stage not in {s.name for s in stages}]
         self._budget = budget.Budget(seconds)
         self._start = time.monotonic()
 
@@ -86,8 +93,9 @@ class Run:
         taken = time.monotonic() - self._start
         count = len(figures.read_rows(self.setting.rows))
         headline = f"{taken:.0f} s of {self.seconds:.0f} s, {count} rows in {self.setting.rows}"
-        write(self.setting.out / "stages.json", json.dumps([asdict(r) for r in self.results], indent=2) + "\n")
-        write(self.setting.out / "table.txt", table(self.results, headline))
+        every = [*self._earlier, *self.results]
+        write(self.setting.out / "stages.json", json.dumps([asdict(result) for result in every], indent=2) + "\n")
+        write(self.setting.out / "table.txt", table(every, headline))
         for line in shown:
             print(line[:300], flush=True)
 
