@@ -16,7 +16,7 @@ from . import _library
 from .distributed import PLAIN, local
 
 # The last torch whose headers were read: csrc/held.h, NOTE [symbols outside the stable ABI].
-NEWEST_TORCH = (2, 14)
+NEWEST_TORCH = (2, 15)
 
 # A descriptor called by map() costs a third of an attribute in a loop.
 _GRAD = Tensor.grad.__get__

@@ -130,8 +130,15 @@ def test_cpp_holds_what_python_would_list(monkeypatch):
         frozen = torch.ones(3)
     for other in (Parameter(torch.ones(2).as_subclass(Wrapped)), frozen):
         assert type(held.look_at([*parameters(), other], key())) is held.Listed
-    monkeypatch.setattr(torch, "__version__", "2.99.1+cpu")
-    assert "2.99.1+cpu is newer than 2.14" in held.unavailable()
+    major, minor = held.NEWEST_TORCH
+    for version, reason in (
+        (f"{major}.{minor}.1+cpu", None),
+        (f"{major}.{minor + 1}.0a0+cpu", f"{major}.{minor + 1}.0a0+cpu is newer than {major}.{minor}, the last one"),
+        (f"{major + 1}.0.0", f"torch {major + 1}.0.0 is newer than {major}.{minor}, the last one"),
+    ):
+        monkeypatch.setattr(torch, "__version__", version)
+        said = held.unavailable()
+        assert said is None if reason is None else reason in said
 
 
 def test_the_headers_of_this_torch_say_what_the_names_promise():
