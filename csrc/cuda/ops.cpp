@@ -6,6 +6,7 @@
 
 #include "../library.h"
 #include "../op_arguments.h"
+#include "driver.h"
 #include "launch.h"
 
 namespace fsam::cuda {
@@ -54,10 +55,7 @@ void on_device(int32_t device, const Launch& launch) {
   const cudaError_t error = launch(current_stream(device));
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next launch would report it again
-  STD_TORCH_CHECK(false, "fsam_ext: a CUDA kernel could not be launched: ", cudaGetErrorString(error),
-                  error == cudaErrorNoKernelImageForDevice
-                      ? "; build fsam_ext with this GPU's compute capability in TORCH_CUDA_ARCH_LIST"
-                      : "");
+  STD_TORCH_CHECK(false, "fsam_ext: a CUDA kernel could not be launched: ", cudaGetErrorString(error), advice(error));
 }
 
 // An optional number that lives in a tensor of one element.
