@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import ops
+from .capture import capturing
 from .checkpoints import OWN_STATE
 from .segments import Guards, Segment
 
@@ -192,8 +193,8 @@ def _all_tensors(state: dict[Tensor, dict[str, Any]], param_groups: list[dict[st
 
 
 def host_may_read(device: torch.device) -> bool:
-    """Whether a value on the device can be waited for: not while a CUDA graph is captured."""
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    """Whether a value on the device can be waited for: not while a graph is captured."""
+    return not capturing(device)
 
 
 def base_defaults(base_optimizer: type[Optimizer], base_kwargs: dict[str, Any]) -> dict[str, Any]:

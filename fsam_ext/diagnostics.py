@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .capture import capturing
 
 ENOUGH = 0.7
 
@@ -51,7 +52,7 @@ class EffectWatch:
         device = effects[0].device
         if device.type not in ("cpu", "cuda"):
             return
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             return
         self._ascents += 1
         if self._ascents >= self._next:

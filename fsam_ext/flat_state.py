@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from .capture import check_state_may_be_made
 from .distributed import Sharding, like, local
 from .ops import QUANTIZED, compute_dtype
 from .quantization import count_blocks
@@ -102,7 +103,12 @@ class FlatState:
         return "master" if self.masters else "backup"
 
     def add(self, params: Iterable[Tensor]) -> None:
-        """Gives each parameter that has none, or has another shape or order than its slice, one at the end."""
+        """Gives each parameter that has none, or has another shape or order than its slice, one at the end.
+
+        Raises:
+            RuntimeError: a graph is being captured, whose replays would do this again.
+        """
+        check_state_may_be_made(self.device)
         for param in params:
             part = local(param)
             form = part.shape, part.stride()

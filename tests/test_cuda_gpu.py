@@ -6,6 +6,10 @@ Run with ``-m gpu``, or with the sanitizers and the benchmark by ``python bench/
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +111,34 @@ def test_graph_replays_what_eager_does(cuda, base, sizes):
         graph.replay()
         torch.cuda.synchronize()
         assert same_bits(eager, replayed), f"replay {turn}"
+
+
+FIRST_CALLS = """
+import torch
+from fsam_ext.backends import resolve
+from tests.cuda_problem import SIZES, Problem, same_bits
+from tests.test_cuda_gpu import step
+
+cuda = resolve("cuda", torch.device("cuda"))
+eager, replayed = (Problem(torch.float32, SIZES, device="cuda") for _ in range(2))
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    step(replayed, cuda, "adam")
+graph.replay()
+step(eager, cuda, "adam")
+torch.cuda.synchronize()
+assert same_bits(eager, replayed)
+"""
+
+
+def test_the_first_calls_of_a_process_are_captured():
+    """csrc/cuda/driver.cpp, NOTE [the first launch in a capture]."""
+    environment = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALLS], text=True, capture_output=True, env=environment, cwd=root
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def model_and_data():
