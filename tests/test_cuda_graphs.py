@@ -212,9 +212,9 @@ def test_state_is_not_made_in_a_capture(base, log):
     before = [param.detach().clone() for param in model.parameters()]
 
     def refused():
-        with pytest.raises(RuntimeError, match="state to make.*before the capture make one step"):
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                eager_step(model, optimizer, *batch)
+        graph = torch.cuda.graph(torch.cuda.CUDAGraph())
+        with pytest.raises(RuntimeError, match="has state to make.*make one step, both passes, before"), graph:
+            eager_step(model, optimizer, *batch)
 
     refused()
     assert not optimizer.state and all(map(torch.equal, before, model.parameters()))
