@@ -21,6 +21,6 @@ def check_state_may_be_made(device: torch.device) -> None:
     """Raises RuntimeError during a capture: NOTE [state is made outside of graphs]."""
     if capturing(device):
         raise RuntimeError(
-            "the optimizer has state to make or to lay out anew, and a graph would do that again in each replay; make one "
-            "step, both passes, before the capture"
+            "the optimizer has state to make or to lay out anew, and a graph would do that again in each replay; make "
+            "one step, both passes, before the capture"
         )
