@@ -96,7 +96,7 @@ class Passes:
         self.backup = self.params[0].new_zeros(self.numel)
         self.partials = torch.empty(5 * ops.count_chunks(sizes), dtype=state, device=device)
         self.stats = torch.ones(5, dtype=torch.float64, device=device)
-        self.steps = torch.ones(len(sizes), device=device)
+        self.corrections = torch.ones(len(sizes), 2, dtype=state, device=device)
         low, high = dtype.itemsize, state.itemsize
         # name -> (call, bytes read and written for each parameter)
         self.calls: dict[str, tuple[Callable[[], None], int]] = {
@@ -140,7 +140,7 @@ class Passes:
 
     def restore_adam(self) -> None:
         self.backend.restore_adam(
-            self.params, self.grads, self.offsets, self.backup, self.first, self.second, self.steps, self.stats,
+            self.params, self.grads, self.offsets, self.backup, self.first, self.second, self.corrections, self.stats,
             None, None, 1e-3, None, 0.9, 0.999, 1e-8, 0.01, True, False, None,
         )  # fmt: skip
 

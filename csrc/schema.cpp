@@ -1,6 +1,6 @@
 // Every op of fsam_ext, with what it mutates: the one list to read.
 //
-// A backend implements these six ops and nothing else (fsam_ext/backends/README.md is the contract
+// A backend implements these seven ops and nothing else (fsam_ext/backends/README.md is the contract
 // in words). `params` and `grads` are lists with one entry per row; optimizer state comes as flat
 // buffers in which row i owns the slice [offsets[i], offsets[i] + params[i].numel()). `offsets` is
 // an int64 tensor on the CPU: a list of ten thousand ints would be boxed one by one in every call.
@@ -39,10 +39,17 @@ FSAM_LIBRARY(FSAM_NAMESPACE, m) {
       "float lr, Tensor? lr_tensor, float momentum, float dampening, float weight_decay, "
       "bool nesterov, bool maximize, Tensor? rounding) -> ()");
 
-  // Pass C with Adam or (decoupled) AdamW. steps[i] counts the updates of row i, this one included.
+  // Before pass C with Adam: steps[index] += 1 where pass C will update, and each row's bias corrections. `index` names
+  // first the members that start a row, in the order of the rows, then the others; corrections[i] is row i's.
+  m.def(
+      "count_steps(Tensor(a!) steps, Tensor index, Tensor(b!) corrections, Tensor? stats, Tensor? found_inf, "
+      "float lr, Tensor? lr_tensor, float beta1, float beta2) -> ()");
+
+  // Pass C with Adam or (decoupled) AdamW. corrections[i] = lr / (1 - beta1^t), sqrt(1 - beta2^t) for row i, which is
+  // at its t-th update: what count_steps writes.
   m.def(
       "restore_adam(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, "
-      "Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor steps, Tensor? stats, Tensor? grad_scale, "
+      "Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor corrections, Tensor? stats, Tensor? grad_scale, "
       "Tensor? found_inf, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
       "float weight_decay, bool decoupled, bool maximize, Tensor? rounding) -> ()");
 

@@ -106,10 +106,10 @@ class FusedAdam(FusedBase):
         group: dict[str, Any],
         rounding: Tensor | None,
     ) -> None:
-        """One call of :func:`fsam_ext.ops.restore_adam`."""
+        """One call each of :func:`fsam_ext.ops.count_steps` and :func:`fsam_ext.ops.restore_adam`."""
         lr, lr_tensor = number_or_tensor(group["lr"], segment.flat.device)
-        beta1, beta2 = group["betas"]
-        steps = segment.advance_steps(guards)
+        beta1, beta2 = map(float, group["betas"])
+        corrections = segment.count_steps(guards, lr, lr_tensor, beta1, beta2)
         try:
             ops.restore_adam(
                 segment.backend,
@@ -119,12 +119,12 @@ class FusedAdam(FusedBase):
                 saved,
                 segment.flat.buffers["exp_avg"],
                 segment.flat.buffers["exp_avg_sq"],
-                steps,
+                corrections,
                 *guards,
                 lr,
                 lr_tensor,
-                float(beta1),
-                float(beta2),
+                beta1,
+                beta2,
                 group["eps"],
                 group["weight_decay"],
                 group.get("decoupled_weight_decay", self.decoupled),
@@ -132,7 +132,7 @@ class FusedAdam(FusedBase):
                 rounding,
             )
         except RuntimeError:  # refused before it wrote anything: then nothing is counted either
-            segment.advance_steps(guards, by=-1)
+            segment.take_steps_back(guards)
             raise
 
 

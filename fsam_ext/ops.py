@@ -1,4 +1,4 @@
-"""The six ops that every backend implements: typed wrappers, their documentation, and their fake kernels.
+"""The seven ops that every backend implements: typed wrappers, their documentation, and their fake kernels.
 
 ``backend`` is what :func:`fsam_ext.backends.resolve` returns. ``params`` and ``grads`` are lists of tensors, one a row:
 of one dtype (float64, float32, bfloat16, float16), on one device, dense in memory, gradients shaped like their
@@ -21,6 +21,7 @@ All ops raise RuntimeError, before they write anything, for arguments that do no
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ STATISTICS = 5
 # The unit of an int8 average's scales, and what pass B counts of a perturbation's effect in each chunk.
 QUANTIZED = 128
 EFFECT = 3
-NAMES = ("noise_norm", "perturb", "update_ema", "restore", "restore_sgd", "restore_adam")
+NAMES = ("noise_norm", "perturb", "update_ema", "restore", "restore_sgd", "count_steps", "restore_adam")
 # What the ops are told of the dtype that the forward pass sees weights in.
 FORWARD = {None: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -209,6 +210,30 @@ def restore_sgd(
     )
 
 
+def count_steps(
+    backend: Any,
+    steps: Tensor,
+    index: Tensor,
+    corrections: Tensor,
+    stats: Tensor | None,
+    found_inf: Tensor | None,
+    lr: float,
+    lr_tensor: Tensor | None,
+    beta1: float,
+    beta2: float,
+) -> None:
+    """Before pass C with Adam: ``steps[index] += 1``, and the bias corrections of each row at its new count t.
+
+    corrections[i] = [lr / (1 - beta1^t), sqrt(1 - beta2^t)], from powers in float64, for t = steps[index[i]].
+
+    ``steps`` is float32; ``index`` int64, without repetition: the positions in ``steps`` of all parameters of the call,
+    first of those that start a row, in the order of the rows. On the CPU a position outside ``steps`` is refused; on a
+    GPU it is not looked at. ``corrections`` ([rows, 2]) is float32, or float64 for float64 parameters. Nothing is
+    counted where ``stats[0]`` is not finite or ``found_inf`` is not zero. ``lr_tensor`` replaces ``lr``.
+    """
+    backend.count_steps(steps, index, corrections, stats, found_inf, lr, lr_tensor, beta1, beta2)
+
+
 def restore_adam(
     backend: Any,
     params: Sequence[Tensor],
@@ -217,7 +242,7 @@ def restore_adam(
     backup: Tensor | None,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    steps: Tensor,
+    corrections: Tensor,
     stats: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -233,7 +258,7 @@ def restore_adam(
 ) -> None:
     """Pass C with ``torch.optim.Adam``, or ``AdamW`` where ``decoupled``; otherwise like :func:`restore_sgd`.
 
-    ``steps`` (float32, one element a row) counts the updates of each row, this one included.
+    ``corrections`` (in the dtype of the state, [rows, 2]) holds what :func:`count_steps` writes for each row.
     """
     backend.restore_adam(
         params,
@@ -242,7 +267,7 @@ def restore_adam(
         backup,
         exp_avg,
         exp_avg_sq,
-        steps,
+        corrections,
         stats,
         grad_scale,
         found_inf,
@@ -261,7 +286,7 @@ def restore_adam(
 # A fake kernel tells torch.compile what an op returns without running it: all of ours only mutate.
 def register_fakes(namespace: str) -> None:
     """Registers the fake kernels of the ops in ``namespace``."""
-    for name in NAMES:
+    for name in filter(partial(hasattr, getattr(torch.ops, namespace)), NAMES):
         torch.library.register_fake(f"{namespace}::{name}", lambda *args, **kwargs: None)
 
 

@@ -119,8 +119,9 @@ class Segment:
             flat.partials = flat.partials.new_empty(scratch)
         self.effect: Tensor | None = None
         self._versions: list[int] | None = None
-        self._step_index = _slice_or_index(index, flat.device)
-        self._row_index = _slice_or_index([index[i] for i in firsts], flat.device)
+        others = sorted(set(range(len(params))).difference(firsts))
+        self._members = torch.tensor([index[i] for i in [*firsts, *others]], dtype=torch.int64, device=flat.device)
+        self._corrections = torch.empty(len(firsts), 2, dtype=flat.state_dtype, device=flat.device)
 
     def current_grads(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
         """The gradients that ``params`` have now, as the ops take them: none where the rows are held.
@@ -192,22 +193,26 @@ class Segment:
                 master, param = self.flat.view("master", param), local(param)
                 master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
 
-    def advance_steps(self, guards: Guards, by: int = 1) -> Tensor:
-        """Counts updates of each parameter, unless ``guards`` have them skipped; returns the rows' counts."""
+    def count_steps(self, guards: Guards, lr: float, lr_tensor: Tensor | None, beta1: float, beta2: float) -> Tensor:
+        """Counts an update of each parameter, unless ``guards`` have it skipped; returns the rows' bias corrections."""
+        ops.count_steps(
+            self.backend,
+            self.flat.buffers["step"],
+            self._members,
+            self._corrections,
+            guards.stats,
+            guards.found_inf,
+            lr,
+            lr_tensor,
+            beta1,
+            beta2,
+        )
+        return self._corrections
+
+    def take_steps_back(self, guards: Guards) -> None:
+        """Undoes :func:`count_steps`, for an update that was refused."""
         steps = self.flat.buffers["step"]
-        applied = guards.applied(steps)
-        if isinstance(self._step_index, slice):
-            steps[self._step_index].add_(applied, alpha=by)
-        else:
-            steps.index_add_(0, self._step_index, applied.expand(len(self._step_index)), alpha=by)
-        return steps[self._row_index]
-
-
-def _slice_or_index(index: list[int], device: torch.device) -> slice | Tensor:
-    """Positions as a slice where they are consecutive, which needs no gather."""
-    if index == list(range(index[0], index[0] + len(index))):
-        return slice(index[0], index[0] + len(index))
-    return torch.tensor(index, dtype=torch.int64, device=device)
+        steps.index_add_(0, self._members, guards.applied(steps).expand(len(self._members)), alpha=-1)
 
 
 def _are_flattened(params: Sequence[Tensor]) -> bool:

@@ -42,7 +42,7 @@ def _triton() -> Any:
     return backends.resolve("triton", torch.device(DEVICE["triton"]))
 
 
-# name -> loader of the six ops. `reference` is here too: in float32 against itself in float64.
+# name -> loader of the ops. `reference` is here too: in float32 against itself in float64.
 BACKENDS: dict[str, Callable[[], Any]] = {
     "cpu": _installed("cpu", "cpu"),
     "reference": _installed("reference", "cpu"),
@@ -63,6 +63,12 @@ COMPRESSED = (torch.bfloat16, torch.int8)
 def load(name: str) -> tuple[Any, str]:
     """A backend under test, and the device of its tensors."""
     return BACKENDS[name](), DEVICE[name]
+
+
+def skip_without(backend: Any, op: str) -> None:
+    """Skips a test for a backend that does not have an op yet."""
+    if not hasattr(backend, op):
+        pytest.skip(f"this backend has no {op} yet")
 
 
 def dtype_id(dtype: torch.dtype | None) -> str:

@@ -1,4 +1,4 @@
-"""One set of tensors for all six ops, for tests that compare the bits of two runs."""
+"""One set of tensors for all ops, for tests that compare the bits of two runs."""
 
 from __future__ import annotations
 
@@ -45,10 +45,13 @@ class Problem:
         self.first, self.second = values(total, state)[shift:], values(total, state)[shift:].square()
         self.partials = torch.full([5 * ops.count_chunks(sizes)], torch.nan, dtype=state, device=device)
         self.stats = torch.full([5], torch.nan, dtype=torch.float64, device=device)
-        self.steps = torch.arange(1.0, 1.0 + len(sizes), device=device)
+        self.steps = torch.arange(float(len(sizes)), device=device)
+        self.index = torch.arange(len(sizes), device=device)
+        self.corrections = torch.full([len(sizes), 2], torch.nan, dtype=state, device=device)
 
     def tensors(self):
-        return [*self.params, *self.grads, self.ema, self.backup, self.first, self.second, self.stats]
+        flat = [self.ema, self.backup, self.first, self.second]
+        return [*self.params, *self.grads, *flat, self.stats, self.steps, self.corrections]
 
     def noise_norm(self, backend, kind="previous", adaptive=False):
         ema = None if kind == "none" else self.ema
@@ -75,10 +78,16 @@ class Problem:
             0.0, self.lr, momentum, 0.1, 0.01, nesterov, maximize, None,
         )  # fmt: skip
 
+    def count_steps(self, backend):
+        backend.count_steps(
+            self.steps, self.index, self.corrections, self.stats, self.found_inf, 0.0, self.lr, 0.9, 0.999
+        )
+
     def adam(self, backend, decoupled=True, maximize=False, with_backup=True):
+        self.count_steps(backend)
         backend.restore_adam(
             self.params, self.grads, self.offsets, self.backup if with_backup else None, self.first,
-            self.second, self.steps, self.stats, self.grad_scale, self.found_inf, 0.0,
+            self.second, self.corrections, self.stats, self.grad_scale, self.found_inf, 0.0,
             self.lr, 0.9, 0.999, 1e-8, 0.01, decoupled, maximize, None,
         )  # fmt: skip
 

@@ -6,11 +6,16 @@ the compiler sees, and the compiler itself runs ahead of time for GPUs that are 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,13 +25,14 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from fsam_ext import _library, ops  # noqa: E402
 from fsam_ext.backends import reference  # noqa: E402
 from fsam_ext.backends import triton as backend  # noqa: E402
+from fsam_ext.backends.triton import kernels, launch, passes, rows, tables  # noqa: E402
 
 DEVICE = "cpu" if backend.INTERPRETED else "cuda"
 NAMESPACE = getattr(torch.ops, backend.NAMESPACE)
 NEEDS_CPU_LIBRARY = pytest.mark.skipif(_library.CPU_REASON is not None, reason=str(_library.CPU_REASON))
 
 # numpy, in the interpreter, warns of what a GPU does without a word.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
 
 
 def overload(name: str):
@@ -34,7 +40,7 @@ def overload(name: str):
 
 
 class Case:
-    """Rows of given shapes, with all the state that the six ops want."""
+    """Rows of given shapes, with all the state that the ops want."""
 
     def __init__(self, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, alignment: int = 32) -> None:
         self.params = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
@@ -47,7 +53,9 @@ class Case:
         self.ema, self.momentum, self.exp_avg = (torch.randn(self.numel, **state) for _ in range(3))
         self.exp_avg_sq = torch.rand(self.numel, **state)
         self.backup = torch.randn(self.numel, device=DEVICE).to(dtype)
-        self.steps = torch.arange(1.0, 1 + len(shapes), device=DEVICE)
+        self.steps = torch.arange(float(len(shapes)), device=DEVICE)
+        self.index = torch.arange(len(shapes), device=DEVICE)
+        self.corrections = torch.rand(len(shapes), 2, **state) + 0.5
         self.partials = torch.full((ops.count_chunks(numels) * ops.STATISTICS,), torch.nan, **state)
         self.stats = torch.ones(ops.STATISTICS, dtype=torch.float64, device=DEVICE)
         self.one = torch.ones((), device=DEVICE)
@@ -80,8 +88,9 @@ class Case:
             "update_ema": (p, g, o, self.ema, self.ema_scale, self.stats, self.one, None, 0.9),
             "restore": (p, o, self.backup),
             "restore_sgd": (p, g, o, self.backup, self.momentum, *after, 0.9, 0.0, 0.01, True, False, self.rounding),
+            "count_steps": (self.steps, self.index, self.corrections, self.stats, None, *rate, 0.9, 0.999),
             "restore_adam": (
-                *(p, g, o, self.backup, self.exp_avg, self.exp_avg_sq, self.steps, *after),
+                *(p, g, o, self.backup, self.exp_avg, self.exp_avg_sq, self.corrections, *after),
                 *(0.9, 0.999, 1e-8, 0.01, True, False, self.rounding),
             ),
         }[name]
@@ -155,7 +164,7 @@ def test_a_row_has_the_same_bits_with_and_without_a_table():
         case.params, case.grads = [together.params[i].clone()], [together.grads[i].clone()]
         for name in ("ema", "backup", "exp_avg", "exp_avg_sq"):
             setattr(case, name, getattr(together, name)[begin : begin + case.numel].clone())
-        case.steps = together.steps[i : i + 1].clone()
+        case.corrections = together.corrections[i : i + 1].clone()
     for name in ("noise_norm", "perturb", "restore_adam"):
         together.run(name)
         for case in apart:
@@ -173,9 +182,9 @@ def test_a_row_has_the_same_bits_with_and_without_a_table():
 
 
 def test_one_row_builds_no_table():
-    before = backend._table.cache_info().misses
+    before = tables.table.cache_info().misses
     Case((100,)).run("restore")
-    assert backend._table.cache_info().misses == before
+    assert tables.table.cache_info().misses == before
 
 
 def sgd_like_reference(case: Case) -> None:
@@ -190,7 +199,7 @@ def sgd_like_reference(case: Case) -> None:
 
 def test_the_table_is_kept_until_something_moves():
     case = Case((4, 6), (10,))
-    misses = lambda: backend._table.cache_info().misses  # noqa: E731
+    misses = lambda: tables.table.cache_info().misses  # noqa: E731
     sgd_like_reference(case)
     first = misses()
     sgd_like_reference(case)
@@ -222,21 +231,20 @@ def test_chunks_find_their_rows_among_thousands():
     numels = torch.randint(0, 3 * ops.CHUNK, (3000,)).tolist()
     numels[::7] = [0] * len(numels[::7])
     sizes, offsets = tuple((n,) for n in numels), tuple(range(3000))
-    rows = backend._rows(sizes, ((1,),) * 3000, (), (), offsets)
+    found = rows.rows_of(sizes, ((1,),) * 3000, (), (), offsets)
     expected = [row for row, n in enumerate(numels) for _ in range(-(-n // ops.CHUNK))]
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")
     for capturing in (False, True):
-        assert backend._rows_of_chunks.__wrapped__(rows, device, 0, capturing).tolist() == expected
-    assert rows.chunks == len(expected) and [expected.index(7 * i + 1) for i in range(5)] == [
-        rows.first_chunks[7 * i + 1] for i in range(5)
-    ]
+        assert tables.rows_of_chunks.__wrapped__(found, device, 0, capturing).tolist() == expected
+    assert found.chunks == len(expected)
+    assert [expected.index(7 * i + 1) for i in range(5)] == [found.first_chunks[7 * i + 1] for i in range(5)]
 
 
 @pytest.mark.parametrize("capturing", [False, True], ids=["copied", "as_kernel_arguments"])
 def test_addresses_arrive_exactly(capturing):
     """Also those above 2^53, which a double cannot hold, and Intel's, which have the highest bit set."""
     addresses = [0, 16, 2**53 + 1, 0x7F00_1234_5678_9AB1, 0xFF00_0000_0000_0013]
-    arrived = backend._to_device(addresses, torch.device(DEVICE), capturing).tolist()
+    arrived = tables.to_device(addresses, torch.device(DEVICE), capturing).tolist()
     assert [address % 2**64 for address in arrived] == addresses
 
 
@@ -285,13 +293,18 @@ def test_a_nan_survives_the_rounding():
     assert case.params[0].isnan().all()
 
 
-def test_the_bias_correction_is_that_of_fp64_for_long_runs():
-    case = Case(*[(4,)] * 6, dtype=torch.float64)
-    case.steps.copy_(torch.tensor([1.0, 2.0, 1000.0, 12345.0, 1e6, 2.0**24 - 1]))
-    expected = clones(case.arguments("restore_adam"))
-    reference.restore_adam(*expected)
-    case.run("restore_adam")
-    torch.testing.assert_close(case.params, expected[0], rtol=1e-13, atol=1e-13)
+@NEEDS_CPU_LIBRARY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.5, 1 - 2.0**-20)], ids=str)
+def test_step_counts_and_bias_corrections_have_the_bits_of_the_compiled_cpu_backend(dtype, betas):
+    """At every count that a program may meet; 300 members are three programs, and more members than rows."""
+    counts = torch.cat([torch.arange(250.0), torch.tensor([999.0, 12344.0, 1e6 - 1, 2.0**24 - 2]), torch.zeros(46)])
+    ours = [counts.to(DEVICE), torch.randperm(300, device=DEVICE), torch.empty(299, 2, dtype=dtype, device=DEVICE)]
+    theirs = [tensor.cpu().clone() for tensor in ours]
+    for namespace, tensors in ((NAMESPACE, ours), (torch.ops.fsam_ext, theirs)):
+        namespace.count_steps.default(*tensors, None, None, 0.3, None, *betas)
+    for ours_, theirs_ in zip(ours, theirs):
+        torch.testing.assert_close(ours_, theirs_, rtol=0, atol=0, check_device=False)
 
 
 def assert_same_bits_as_the_cpu_backend(case: Case, name: str) -> None:
@@ -309,7 +322,7 @@ def assert_same_bits_as_the_cpu_backend(case: Case, name: str) -> None:
 
 @NEEDS_CPU_LIBRARY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", ["perturb", "update_ema", "restore", "restore_sgd", "restore_adam"])
+@pytest.mark.parametrize("name", [name for name in ops.NAMES if name != "noise_norm"])
 def test_given_the_norm_the_bits_are_those_of_the_compiled_cpu_backend(name, dtype):
     case = Case((5000,), (33, 5), dtype=dtype)
     case.momentum[:7] = case.ema[:7] = torch.nan
@@ -380,7 +393,14 @@ BAD_CALLS = {
     "short momentum": ("restore_sgd", changed(momentum=lambda t: t[:30])),
     "exp_avg": ("restore_adam", changed(exp_avg=lambda t: t.double())),
     "exp_avg_sq": ("restore_adam", changed(exp_avg_sq=lambda t: t[:3])),
-    "steps": ("restore_adam", changed(steps=lambda t: t.long())),
+    "corrections": ("restore_adam", changed(torch.float64, corrections=lambda t: t.float())),
+    "short corrections": ("restore_adam", changed(corrections=lambda t: t[:1])),
+    "steps": ("count_steps", changed(steps=lambda t: t.long())),
+    "index": ("count_steps", changed(index=lambda t: t.int())),
+    "rows without members": ("count_steps", changed(index=lambda t: t[:1])),
+    "flat corrections": ("count_steps", changed(corrections=lambda t: t.view(-1))),
+    "half corrections": ("count_steps", changed(corrections=lambda t: t.half())),
+    "strided steps": ("count_steps", changed(steps=lambda t: torch.zeros(2 * t.numel())[::2])),
     "short partials": ("noise_norm", changed(partials=lambda t: t[:4])),
     "stats dtype": ("noise_norm", changed(stats=lambda t: t.float())),
     "integer scale": ("perturb", changed(one=lambda t: t.long())),
@@ -477,6 +497,7 @@ MAIN = [(name, dtype) for name in ("noise_norm", "perturb") for dtype in ("float
 REST = [
     *((name, "float64") for name in ("noise_norm", "perturb")),
     *(("restore", "float16"), ("restore_sgd", "bfloat16"), ("restore_adam", "float32"), ("sum_partials", "float32")),
+    *(("count_steps", dtype) for dtype in ("float64", "float32")),
 ]
 # What averages in other dtypes, masters, stochastic rounding and the effect of a perturbation make of a kernel.
 VARIANTS = [
@@ -518,19 +539,199 @@ def test_compiled_code(compiled, case):
     """No spills, 128-bit accesses for whole chunks, little shared memory, no contraction, IEEE division and roots."""
     from . import triton_compiled
 
-    name, dtype, variant, _, _ = case
+    name, dtype, variant, target, _ = case
     facts = compiled[case]
+    assert facts["parameters"] == [8] * facts["passed"]
     assert facts["spills"] == 0
-    assert facts["fused"] == 0
+    # Explicit ones keep the powers' lower halves.
+    assert facts["fused"] == (4 if name == "count_steps" and target.startswith("sm") else 0)
     assert facts["approximate"] == 0
     # Tiles pass through it to another layout, 8 bytes an element at most; a sum leaves one number for each warp.
-    assert facts["shared"] <= (128 if name in ("noise_norm", "sum_partials") else 4096)
+    assert facts["shared"] <= (128 if name in ("noise_norm", *triton_compiled.SMALL) else 4096)
     for fact, tensors in (("vector_loads", triton_compiled.reads), ("vector_stores", triton_compiled.writes)):
         needed = triton_compiled.vector_accesses(name, dtype, tensors(name, variant), variant)
         # A compiler may unroll the loop over tiles; every tile then has its own.
         assert facts[fact] >= needed and facts[fact] % max(needed, 1) == 0, fact
     if name == "noise_norm":
         assert facts["register_layouts"] == 1, "aligned and misaligned tensors would be summed in different orders"
+
+
+# ---- Launched on GPUs that are not there: triton_gpu.py --------------------------------------------------------------
+
+
+def test_no_argument_of_a_kernel_has_a_name_that_triton_uses_itself():
+    """kernels/__init__.py, NOTE [names of arguments]. Triton tells: its generated function, its options, its `run`."""
+    from triton.backends.amd.compiler import HIPOptions
+    from triton.backends.nvidia.compiler import CUDAOptions
+    from triton.runtime.jit import JITFunction, KernelParam, create_function_from_signature
+
+    argument = inspect.Parameter("x", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    generated = create_function_from_signature(
+        inspect.Signature([argument]), [KernelParam(0, argument, False, False)], None
+    ).__code__
+    taken = {*generated.co_varnames, *generated.co_names, *inspect.signature(JITFunction.run).parameters} - {"x"}
+    assert {"params", "specialization", "options", "backend", "grid", "warmup"} <= taken
+    taken |= {field.name for options in (CUDAOptions, HIPOptions) for field in dataclasses.fields(options)}
+    taken |= {"stream", "device", "device_type"}  # refused by name
+    for name in kernels.__all__:
+        arguments = inspect.signature(getattr(kernels, name).fn).parameters
+        assert not taken & set(arguments), name
+
+
+# Whether a call has one row or several, and what is aligned, is all that a specialisation knows of a layout.
+OTHER_LAYOUTS = ("empty", "odd", "tiny", "permuted", "gradient_in_other_order")
+
+
+@NEEDS_CPU_LIBRARY
+def test_whatever_the_conformance_suite_launches_passes_tritons_binder():
+    """All targets through the binder, NVIDIA's and AMD's also through the frontend of the compiler."""
+    few = f"triton and not ({' or '.join(OTHER_LAYOUTS)})"
+    targets = ("sm_80:binder", "sm_90:ir", "sm_100:binder", "gfx942:ir")
+    done = run_python("-m", "tests.triton_launches", *targets, "-k", few)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    found = re.findall(r"(\w+): (\d+) kernels", done.stdout)
+    assert [target for target, _ in found] == [target.split(":")[0] for target in targets]
+    assert all(int(count) > 400 for _, count in found), done.stdout
+    print(done.stdout)
+
+
+@NEEDS_CPU_LIBRARY
+@pytest.mark.large
+def test_whatever_the_conformance_suite_launches_compiles(tmp_path):
+    few = f"triton and not ({' or '.join(OTHER_LAYOUTS)})"
+    counts = []
+    for chosen, targets in (("triton", ("sm_80", "sm_90", "sm_100", "gfx942")), (few, ("sm_90:binder",))):
+        done = run_python("-m", "tests.triton_launches", *targets, "-k", chosen, TRITON_CACHE_DIR=str(tmp_path))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+        print(*(line for line in done.stdout.splitlines() if "kernels of" in line), sep="\n")
+        counts.append(dict(re.findall(r"(\w+): (\d+) kernels", done.stdout)))
+    everything, of_few_layouts = counts
+    assert everything["sm_90"] == of_few_layouts["sm_90"], "a layout of OTHER_LAYOUTS asks for kernels of its own"
+
+
+def test_steps_launch_once_for_each_pass_and_hand_over_what_the_kernels_take():
+    """Through Triton's own C launcher; triton_gpu.py compares each launch with what arrives at libcuda."""
+    done = run_python("-m", "tests.triton_steps")
+    assert done.returncode == 0, done.stderr
+    found = {(base, number): launched for base, number, launched in map(json.loads, done.stdout.splitlines())}
+    for number in (1, 150):
+        chunks = 2 * number  # of 64 x 65 elements each
+        ascent = [["noise_norm", chunks], ["sum_partials", ops.STATISTICS], ["perturb", chunks]]
+        assert found["sgd", number] == [*ascent, ["restore_sgd", chunks]]
+        assert found["adamw", number] == [*ascent, ["count_steps", -(-number // 128)], ["restore_adam", chunks]]
+
+
+# ---- What only a GPU has, with fakes in its place --------------------------------------------------------------------
+
+
+def on_device(index: int) -> SimpleNamespace:
+    """What an op asks of its first tensor before it has checked it."""
+    return SimpleNamespace(device=torch.device("cuda", index))
+
+
+def test_an_op_runs_with_the_device_of_its_parameters_current(monkeypatch):
+    current = [0]
+
+    @contextlib.contextmanager
+    def device_index(index: int):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: current[-1])
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    seen = []
+    op = passes._on_device(lambda first, *args: seen.append((current[-1], len(current), args)))
+    op([on_device(0)], 7)
+    op([on_device(1)], 8)
+    assert seen == [(0, 1, (7,)), (1, 2, (8,))] and current == [0]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Tables for a GPU that is not there, with a current `stream`; `copies` tells of each whether it is captured."""
+    fake = SimpleNamespace(stream=7, capturing=False, copies=[], device=torch.device("meta"))
+
+    def to_device(values, device, capturing):
+        fake.copies.append(capturing)
+        return torch.empty(len(values), dtype=torch.int64, device=device)
+
+    driver = SimpleNamespace(get_current_stream=lambda index: fake.stream)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: fake.capturing)
+    monkeypatch.setattr(tables, "to_device", to_device)
+    params = [torch.empty(10), torch.empty(3)]
+    found = rows.rows_of(((10,), (3,)), ((1,), (1,)), (), (), (0, 32))
+    fake.tables = lambda: tables.tables(found, params, None, fake.device)
+    return fake
+
+
+def test_tables_are_kept_for_each_stream(gpu):
+    first, chunks = gpu.tables()
+    assert gpu.copies == [False, False]
+    gpu.stream = 8  # nothing orders it behind the first
+    other, other_chunks = gpu.tables()
+    assert other is not first and other_chunks is not chunks
+    gpu.stream = 7
+    again, chunks_again = gpu.tables()
+    assert again is first and chunks_again is chunks and len(gpu.copies) == 4
+
+
+def test_tables_of_a_graph_are_its_own(gpu):
+    gpu.stream, gpu.capturing = 9, True
+    captured = [gpu.tables() for _ in range(2)]
+    assert captured[0][0] is not captured[1][0] and captured[0][1] is not captured[1][1]
+    assert gpu.copies == [True] * 4
+    gpu.capturing = False
+    table, _ = gpu.tables()
+    assert all(table is not first for first, _ in captured) and gpu.copies[4:] == [False, False]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_table_is_copied_from_pinned_memory_without_waiting(monkeypatch, device):
+    seen = []
+
+    def tensor(values, **options):
+        moved = lambda *to, **how: seen.append((values, options, to, how))  # noqa: E731
+        return SimpleNamespace(to=moved)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    tables.to_device([3, 2**63], torch.device(device), False)
+    options = {"dtype": torch.int64, "pin_memory": device == "cuda"}
+    assert seen == [([3, -(2**63)], options, (torch.device(device),), {"non_blocking": True})]
+
+
+@pytest.mark.parametrize("capability,reason", [((7, 5), None), ((9, 0), None), ((7, 0), "capability 7.5 or later")])
+def test_it_says_which_nvidia_gpus_it_serves(monkeypatch, capability, reason):
+    target = SimpleNamespace(get_current_target=lambda: SimpleNamespace(backend="cuda"))
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(triton.runtime.driver, "_active", target)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    said = backend.unavailable(torch.device("cuda", 1))
+    assert said is None if reason is None else reason in said
+
+
+def test_it_says_that_amds_gpus_are_served(monkeypatch):
+    target = SimpleNamespace(get_current_target=lambda: SimpleNamespace(backend="hip"))
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(triton.runtime.driver, "_active", target)
+    assert backend.unavailable(torch.device("cuda")) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_it_says_that_triton_finds_no_driver(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert "Triton finds no driver for a GPU: 0 active drivers" in backend.unavailable(torch.device("cuda"))
+
+
+def test_a_wave_of_64_gets_half_as_many(monkeypatch):
+    """Warps are counted in those of the target."""
+    warps = []
+    monkeypatch.setattr(kernels, "restore", {(3,): lambda *args, **options: warps.append(options["num_warps"])})
+    for size in (32, 64):
+        monkeypatch.setattr(launch, "_warp_size", lambda size=size: size)
+        launch.launch("restore", torch.float32, 3)
+    assert warps == [4, 2]
 
 
 # ---- On a GPU --------------------------------------------------------------------------------------------------------

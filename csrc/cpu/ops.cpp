@@ -196,11 +196,36 @@ void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offs
   });
 }
 
+void count_steps(const Tensor& steps, const Tensor& index, const Tensor& corrections, const OptionalTensor& stats,
+                 const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double beta1,
+                 double beta2) {
+  dispatch_state(corrections, [&](auto state) {
+    using S = decltype(state);
+    const StepCounts<S> counts = step_counts<S>(steps, index, corrections);
+    for (int64_t i = 0; i < counts.members; ++i) {
+      STD_TORCH_CHECK(counts.index[i] >= 0 && counts.index[i] < steps.numel(), "fsam_ext: index[", i, "] is ",
+                      counts.index[i], ", which is no position in the ", steps.numel(), " steps");
+    }
+    const double rate = value_or(lr_tensor, "lr_tensor", lr);
+    const float one = update_is_skipped(stats, found_inf) ? 0.0f : 1.0f;
+    BiasCorrection<S> correction{};
+    for (int64_t i = 0; i < counts.members; ++i) {
+      float& step = counts.steps[counts.index[i]];
+      step += one;
+      if (i >= counts.rows) continue;
+      // A power costs more than all else here, and most rows are at the same step as the one before.
+      if (i == 0 || step != counts.steps[counts.index[i - 1]])
+        correction = bias_correction<S>(rate, beta1, beta2, step);
+      counts.corrections[i] = correction;
+    }
+  });
+}
+
 void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
-                  const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& steps, const OptionalTensor& stats,
-                  const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
-                  const OptionalTensor& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
-                  bool decoupled, bool maximize, const OptionalTensor& rounding) {
+                  const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& corrections,
+                  const OptionalTensor& stats, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                  double lr, const OptionalTensor& lr_tensor, double beta1, double beta2, double eps,
+                  double weight_decay, bool decoupled, bool maximize, const OptionalTensor& rounding) {
   const Arguments args = arguments(params, &grads, offsets, true);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
@@ -208,7 +233,7 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
     const Saved<T> saved = saved_weights<T>(backup, args);
     S* first = flat_data<S>(exp_avg, "exp_avg", args);
     S* second = flat_data<S>(exp_avg_sq, "exp_avg_sq", args);
-    const float* step = data_of<float>(steps, "steps", int64_t(args.table.rows.size()), args.place);
+    const BiasCorrection<S>* correction = corrections_of<S>(corrections, args);
     const Rounding how = rounding_of(rounding, args);
     const double rate = value_or(lr_tensor, "lr_tensor", lr);
     const auto scalars =
@@ -218,8 +243,7 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
     restore_and_update<T>(
         args, saved, update_is_skipped(stats, found_inf), 3 * sizeof(T) + 2 * sizeof(S),
         [&](T* w, const T* g, const T* from, S* master, const Row& row, int64_t at, int64_t n, bool stream) {
-          const auto correction = bias_correction<S>(rate, beta1, beta2, step[&row - rows]);
-          leaf(w, g, from, master, first + at, second + at, at, n, scalars, correction, how, stream);
+          leaf(w, g, from, master, first + at, second + at, at, n, scalars, correction[&row - rows], how, stream);
         });
   });
 }
@@ -252,6 +276,7 @@ FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, CPU, m) {
   m.impl("update_ema", TORCH_BOX(&fsam::update_ema));
   m.impl("restore", TORCH_BOX(&fsam::restore));
   m.impl("restore_sgd", TORCH_BOX(&fsam::restore_sgd));
+  m.impl("count_steps", TORCH_BOX(&fsam::count_steps));
   m.impl("restore_adam", TORCH_BOX(&fsam::restore_adam));
   m.impl("advise_huge_pages", TORCH_BOX(&fsam::advise_huge_pages));
 }

@@ -50,7 +50,7 @@ struct Table {
   int64_t offset[kRows];       // of the row's slice in every flat buffer, in elements
   int64_t numel[kRows];        // never 0
   int32_t first_block[kRows];  // of a large row
-  int32_t id[kRows];           // noise_norm: the row's first chunk; restore_adam: its step count
+  int32_t id[kRows];           // noise_norm, perturb: the row's first chunk; restore_adam: its number
   int32_t large;               // rows [0, large) are large, rows [large, rows) are the work of one warp
   int32_t rows;
   int32_t large_blocks;
@@ -872,6 +872,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   walk<T>(piece.n, weights.aligned() && is_aligned(g) && is_aligned(momentum_buffer), work);
 }
 
+// NOTE [steps are counted once]
+// A thread for each parameter of a segment: one more step unless the update is left out, and for those that start a row
+// the two powers of its bias corrections. Here they cost two powers a row; in pass C every block would wait for them.
+constexpr int kCountThreads = 128;
+
+template <class S>
+__global__ void __launch_bounds__(kCountThreads) count_steps_kernel(const CountArguments<S> a) {
+  const int64_t i = int64_t(blockIdx.x) * kCountThreads + threadIdx.x;
+  if (i >= a.members) return;
+  float* step = a.steps + a.index[i];
+  const float count = skips(a) ? *step : *step + 1.0f;
+  *step = count;
+  if (i < a.rows) a.corrections[i] = bias_correction<S>(value_of(a.lr), a.beta1, a.beta2, double(count));
+}
+
 template <class T, bool kMaster>
 struct RestoreAdam {
   using S = compute_t<T>;
@@ -910,7 +925,6 @@ struct RestoreAdam {
 template <class S>
 struct AdamPrologue {
   AdamScalars<S> scalars;
-  BiasCorrection<S> corrections[kWarps];  // for each warp: its row has a step count of its own
   uint32_t key;
   bool skip;
 };
@@ -921,21 +935,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   using S = compute_t<T>;
   using Prologue = AdamPrologue<S>;
   CUDA_SHARED(Prologue, prologue);
-  if (threadIdx.x < kWarps) {  // eight lanes compute at the price of one
-    const double lr = value_of(a.update.lr);
-    const double step = a.steps[table.id[piece_of(table, threadIdx.x).row]];
-    prologue.corrections[threadIdx.x] = bias_correction<S>(lr, a.beta1, a.beta2, step);
-    if (threadIdx.x == 0) {
-      prologue.scalars = adam_scalars<S>(1.0 / value_of(a.update.grad_scale), lr, a.beta1, a.beta2, a.eps,
-                                         a.weight_decay, a.decoupled, a.maximize);
-      prologue.key = key_of(a.update);
-      prologue.skip = skips(a.update);
-    }
+  if (threadIdx.x == 0) {
+    prologue.scalars = adam_scalars<S>(1.0 / value_of(a.update.grad_scale), value_of(a.update.lr), a.beta1, a.beta2,
+                                       a.eps, a.weight_decay, a.decoupled, a.maximize);
+    prologue.key = key_of(a.update);
+    prologue.skip = skips(a.update);
   }
   __syncthreads();
 
-  const int warp = threadIdx.x / kWarp;
-  const Piece piece = piece_of(table, warp);
+  const Piece piece = piece_of(table, threadIdx.x / kWarp);
   const Weights<T, kMaster> weights = weights_of<T, kMaster>(table, piece, a.update, prologue.key);
   if (prologue.skip) {
     restore<T, kMaster>(weights.w, a.update.backup == nullptr ? nullptr : weights.from, weights.master, piece.n);
@@ -945,7 +953,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   S* exp_avg = a.exp_avg + weights.position;
   S* exp_avg_sq = a.exp_avg_sq + weights.position;
   const bool aligned = weights.aligned() && is_aligned(g) && is_aligned(exp_avg) && is_aligned(exp_avg_sq);
-  RestoreAdam<T, kMaster> work{weights, g, exp_avg, exp_avg_sq, prologue.scalars, prologue.corrections[warp]};
+  RestoreAdam<T, kMaster> work{weights, g, exp_avg, exp_avg_sq, prologue.scalars, a.corrections[table.id[piece.row]]};
   walk<T, sizeof(T) == 8 ? 2 : kInFlight<T>>(piece.n, aligned, work);
 }
 

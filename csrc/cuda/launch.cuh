@@ -147,6 +147,12 @@ cudaError_t launch_restore_sgd(const TensorTable& rows, const SgdArguments<T>& a
   });
 }
 
+template <class S>
+cudaError_t launch_count_steps(const CountArguments<S>& arguments, cudaStream_t stream) {
+  const int64_t blocks = (arguments.members + kCountThreads - 1) / kCountThreads;
+  return launch(&count_steps_kernel<S>, blocks, kCountThreads, stream, arguments);
+}
+
 template <class T>
 cudaError_t launch_restore_adam(const TensorTable& rows, const AdamArguments<T>& arguments, cudaStream_t stream) {
   const auto number = [&](const Row& row) { return &row - rows.rows.data(); };

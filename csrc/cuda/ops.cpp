@@ -184,11 +184,33 @@ void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offs
   });
 }
 
+// `index` is on the device, where its entries are not looked at before they are used.
+void count_steps(const Tensor& steps, const Tensor& index, const Tensor& corrections, const OptionalTensor& stats,
+                 const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double beta1,
+                 double beta2) {
+  dispatch_state(corrections, [&](auto state) {
+    using S = decltype(state);
+    const StepCounts<S> counts = step_counts<S>(steps, index, corrections);
+    const CountArguments<S> values{counts.steps,
+                                   counts.index,
+                                   counts.members,
+                                   counts.rows,
+                                   counts.corrections,
+                                   data_of<double>(stats, "stats", kStatistics, counts.place),
+                                   number(found_inf, "found_inf", 0.0, counts.place),
+                                   number(lr_tensor, "lr_tensor", lr, counts.place),
+                                   beta1,
+                                   beta2};
+    if (counts.members == 0) return;
+    on_device(counts.place.index, [&](cudaStream_t stream) { return launch_count_steps<S>(values, stream); });
+  });
+}
+
 void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
-                  const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& steps, const OptionalTensor& stats,
-                  const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
-                  const OptionalTensor& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
-                  bool decoupled, bool maximize, const OptionalTensor& rounding) {
+                  const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& corrections,
+                  const OptionalTensor& stats, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                  double lr, const OptionalTensor& lr_tensor, double beta1, double beta2, double eps,
+                  double weight_decay, bool decoupled, bool maximize, const OptionalTensor& rounding) {
   const Arguments args = checked_arguments(params, &grads, offsets);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
@@ -197,7 +219,7 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
         update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor, rounding),
         flat_data<S>(exp_avg, "exp_avg", args),
         flat_data<S>(exp_avg_sq, "exp_avg_sq", args),
-        data_of<float>(steps, "steps", int64_t(args.table.rows.size()), args.place),
+        corrections_of<S>(corrections, args),
         beta1,
         beta2,
         eps,
@@ -224,5 +246,6 @@ FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, FSAM_DISPATCH_KEY, m) {
   m.impl("update_ema", TORCH_BOX(&fsam::cuda::update_ema));
   m.impl("restore", TORCH_BOX(&fsam::cuda::restore));
   m.impl("restore_sgd", TORCH_BOX(&fsam::cuda::restore_sgd));
+  m.impl("count_steps", TORCH_BOX(&fsam::cuda::count_steps));
   m.impl("restore_adam", TORCH_BOX(&fsam::cuda::restore_adam));
 }

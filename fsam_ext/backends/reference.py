@@ -332,6 +332,16 @@ def restore_sgd(
 
 
 @torch.no_grad()
+def count_steps(steps, index, corrections, stats, found_inf, lr, lr_tensor, beta1, beta2) -> None:
+    """t += 1; lr / (1 - beta1^t) and sqrt(1 - beta2^t), torch.optim.Adam."""
+    counts = steps[index] + _applies(stats, found_inf, steps.device).to(steps.dtype)
+    steps[index] = counts
+    t = counts[: len(corrections)].double()
+    corrections[:, 0] = _number(lr_tensor, lr) / (1 - beta1**t)
+    corrections[:, 1] = (1 - beta2**t).sqrt()
+
+
+@torch.no_grad()
 def restore_adam(
     params,
     grads,
@@ -339,7 +349,7 @@ def restore_adam(
     backup,
     exp_avg,
     exp_avg_sq,
-    steps,
+    corrections,
     stats,
     grad_scale,
     found_inf,
@@ -356,7 +366,9 @@ def restore_adam(
     """w = Adam(backup, g), torch.optim.Adam and AdamW."""
     scale, rate = _number(grad_scale, 1.0), _number(lr_tensor, lr)
     states = [offsets.tolist(), *(_slices(params, offsets, flat) for flat in (backup, exp_avg, exp_avg_sq))]
-    for w, grad, offset, saved, first, second, step in zip(params, grads, *states, steps.double(), strict=True):
+    for w, grad, offset, saved, first, second, (step_size, root) in zip(
+        params, grads, *states, corrections, strict=True
+    ):
         applies = _applies(stats, found_inf, w.device)
         value = _compute(w if saved is None else saved)
         g = _unscaled(grad, scale)
@@ -367,8 +379,7 @@ def restore_adam(
             g = g + weight_decay * value
         mean = first + (1 - beta1) * (g - first)
         mean_sq = beta2 * second + (1 - beta2) * g * g
-        step_size = (rate / (1 - beta1**step)).to(value.dtype)
-        denominator = mean_sq.sqrt() / (1 - beta2**step).sqrt().to(value.dtype) + eps
+        denominator = mean_sq.sqrt() / root + eps
         _write(w, saved, value - step_size * mean / denominator, applies, offset, rounding)
         first.copy_(torch.where(applies, mean, first))
         second.copy_(torch.where(applies, mean_sq, second))

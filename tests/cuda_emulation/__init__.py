@@ -1,6 +1,6 @@
 """The CUDA backend without a GPU: its source compiled by the host compiler against an emulation of CUDA.
 
-``load()`` builds what is not up to date under ``build/`` and returns the six ops, which then serve CPU tensors.
+``load()`` builds what is not up to date under ``build/`` and returns the ops, which then serve CPU tensors.
 """
 
 from __future__ import annotations

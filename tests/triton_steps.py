@@ -1,0 +1,80 @@
+"""Whole optimizer steps through Triton's launcher, on a GPU that is not there: what they launch, and what they cost.
+
+`python -m tests.triton_steps` prints what each step launches, as JSON; every launch is compared with what arrived at
+libcuda (triton_gpu.py). With `--time` it prints the host's time for a step whose kernels do nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+
+from fsam_ext import FriendlySAM, backends
+from fsam_ext.backends.triton import NAMESPACE
+
+from . import triton_gpu
+
+BASES = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}
+ROWS = (1, 150)
+
+
+def stepper(base: str, rows: int) -> Callable[[], None]:
+    """A function that makes one step over parameters of so many rows."""
+    params = [torch.nn.Parameter(torch.randn(64, 65)) for _ in range(rows)]
+    optimizer_class, options = BASES[base]
+    optimizer = FriendlySAM(params, optimizer_class, lr=0.1, rho=0.05, backend="triton", **options)
+    for param in params:
+        param.grad = torch.randn_like(param)
+
+    def step() -> None:
+        optimizer.first_step(zero_grad=False)
+        optimizer.second_step(zero_grad=False)
+
+    return step
+
+
+def host_time(step: Callable[[], None], repetitions: int = 15, steps: int = 20) -> float:
+    """The median over the repetitions, in microseconds a step."""
+    times = []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        for _ in range(steps):
+            step()
+        times.append((time.perf_counter() - begin) / steps * 1e6)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Runs steps of each base and number of rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--time", action="store_true")
+    timed = parser.parse_args().time
+    triton_gpu.serve_cpu_tensors()
+    backends.CANDIDATES["triton"] = lambda _: (backends._dispatcher(NAMESPACE), None)
+    with tempfile.TemporaryDirectory() as folder:
+        libcuda = triton_gpu.Libcuda(Path(folder))
+        triton_gpu.activate(triton_gpu.cuda_driver(triton_gpu.TARGETS["sm_90"], libcuda, checks=not timed))
+        for base in BASES:
+            for rows in ROWS:
+                step = stepper(base, rows)
+                step()
+                if timed:
+                    print(f"{base}, {rows} rows: {host_time(step):.0f} us of host time a step")
+                    continue
+                libcuda.launched.clear()
+                step()
+                print(json.dumps([base, rows, [(name, grid[0]) for name, grid, *_ in libcuda.launched]]))
+
+
+if __name__ == "__main__":
+    main()
