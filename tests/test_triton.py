@@ -621,6 +621,24 @@ def test_steps_launch_once_for_each_pass_and_hand_over_what_the_kernels_take():
         assert found["adamw", number] == [*ascent, ["count_steps", -(-number // 128)], ["restore_adam", chunks]]
 
 
+def test_nothing_is_compiled_while_a_graph_is_captured():
+    """launch.py, NOTE [nothing is compiled under graph capture]: refused before a launch, and only what is new."""
+    done = run_python("-m", "tests.triton_capture")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    refusal = (
+        "fsam_ext: Triton's kernel restore is not compiled yet for these dtypes and options, and a graph is being "
+        "captured; make one step with them before the capture"
+    )
+    assert found == {
+        "first, captured": refusal,
+        "first": ["restore"],
+        "second, captured": ["restore"],
+        "another dtype, captured": refusal,
+        "a user's kernel beside it, captured": ["of_a_user", "restore"],
+    }
+
+
 # ---- What only a GPU has, with fakes in its place --------------------------------------------------------------------
 
 
@@ -640,6 +658,7 @@ def test_an_op_runs_with_the_device_of_its_parameters_current(monkeypatch):
 
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: current[-1])
     monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     seen = []
     op = passes._on_device(lambda first, *args: seen.append((current[-1], len(current), args)))
     op([on_device(0)], 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,28 @@ COUNT_BLOCK = 128  # parameters whose steps a program counts
 @functools.cache
 def _warp_size() -> int:
     return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+
+
+# NOTE [nothing is compiled under graph capture]
+# A kernel that is met for the first time is compiled, which takes seconds, and loaded, which drivers older than CUDA
+# 12.3 refuse during a capture: the capture is lost then, with an error that names neither the kernel nor the way out.
+# So Triton's hook before a compilation refuses ours first, before the op writes anything.
+def _refuse_to_compile(fn: Any, **_: Any) -> None:
+    if fn.module.startswith(kernels.__name__):
+        raise RuntimeError(
+            f"fsam_ext: Triton's kernel {fn.name} is not compiled yet for these dtypes and options, and a graph is "
+            "being captured; make one step with them before the capture"
+        )
+
+
+def without_compiling(op: Callable[..., None], *args: Any) -> None:
+    """Runs an op under capture: NOTE [nothing is compiled under graph capture]."""
+    runtime = triton.knobs.runtime
+    hook, runtime.jit_cache_hook = runtime.jit_cache_hook, _refuse_to_compile
+    try:
+        op(*args)
+    finally:
+        runtime.jit_cache_hook = hook
 
 
 def launch(kernel: str, dtype: torch.dtype, programs: int, *args: Any, **constants: Any) -> None:

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import ops
+from ...capture import capturing
 from .checks import Call, average, backup_dtype, check_numbers, checked_call, effective_rounding, flat, small
-from .launch import COUNT_BLOCK, SUM_BLOCK, launch, tile
+from .launch import COUNT_BLOCK, SUM_BLOCK, launch, tile, without_compiling
 
 TYPES = {
     torch.float64: tl.float64,
@@ -26,14 +27,20 @@ TYPES = {
 def _on_device(op: Callable) -> Callable:
     """Triton launches on the current device: makes that of the first argument current. No rows need no device."""
 
+    def call(device: torch.device, *args: Any) -> None:
+        if capturing(device):
+            without_compiling(op, *args)
+        else:
+            op(*args)
+
     @functools.wraps(op)
     def run(first: Sequence[Tensor] | Tensor, *args: Any) -> None:
         device = first.device if isinstance(first, Tensor) else first[0].device if first else torch.device("cpu")
         if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
-            op(first, *args)
+            call(device, first, *args)
         else:
             with torch.accelerator.device_index(device.index):
-                op(first, *args)
+                call(device, first, *args)
 
     return run
 

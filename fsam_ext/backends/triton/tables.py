@@ -10,13 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ...capture import capturing as is_capturing
 from .rows import Rows
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream records a graph."""
-    asks = getattr(torch.get_device_module(device), "is_current_stream_capturing", lambda: False)
-    return asks()
 
 
 # NOTE [tables under graph capture]
