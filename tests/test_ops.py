@@ -288,6 +288,7 @@ def test_a_gpu_that_the_cuda_library_does_not_fit_goes_to_triton(monkeypatch):
     monkeypatch.delenv("FSAM_BACKEND", raising=False)
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.fsam_ext, "cuda_driver_problem", lambda: "", raising=False)
     served = backends._compiled("cuda", None, backends._misfit_of_cuda)
     monkeypatch.setitem(backends.CANDIDATES, "cuda", served)
     monkeypatch.setitem(backends.CANDIDATES, "triton", lambda device: ("triton's", None))
