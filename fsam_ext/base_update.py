@@ -141,6 +141,8 @@ class GenericBase:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        # Some make their state when they are made, and count on it: Adagrad does before torch 2.13.
+        self._made = dict(optimizer.state)
 
     @contextmanager
     def _own_state_only(self, state: dict[Tensor, dict[str, Any]]):
@@ -171,6 +173,10 @@ class GenericBase:
         self.optimizer.param_groups = param_groups
         step = type(self.optimizer).step
         with self._own_state_only(state):
+            while self._made:
+                param, entry = self._made.popitem()
+                if not state[param]:  # loaded state counts
+                    state[param].update(entry)
             tensors = [] if applied is None else _all_tensors(state, param_groups)
             before = [tensor.clone() for tensor in tensors]
             getattr(step, "__wrapped__", step)(self.optimizer)

@@ -506,6 +506,41 @@ def test_momentum_that_has_seen_nothing_is_not_given_to_plain_torch():
     torch.testing.assert_close(param.detach(), torch.full((3,), 0.9))
 
 
+# ---- A base that is not fused, and its state -----------------------------------------------------------------------
+
+
+class MakesStateAtOnce(torch.optim.Optimizer):
+    """Counts its steps in state that its constructor makes, and never looks whether it is there."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["count"] = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["count"] += 1
+                param.sub_(group["lr"] * param.grad)
+
+
+@pytest.mark.parametrize("sigma", (0.0, 1.0))
+def test_a_base_may_make_its_state_in_its_constructor(sigma):
+    params = [Parameter(torch.ones(3)), Parameter(torch.ones(2))]
+    optimizer = FriendlySAM(params, MakesStateAtOnce, lr=0.1, sigma=sigma)
+    for count in (1, 2):
+        step(optimizer, 1.0)
+        assert [float(optimizer.state[param]["count"]) for param in params] == [count, count]
+        assert all(("ema" in optimizer.state[param]) == (sigma > 0) for param in params)
+    torch.testing.assert_close(params[0].detach(), torch.full((3,), 0.8))
+    resumed = FriendlySAM(params, MakesStateAtOnce, lr=0.1, sigma=sigma)
+    resumed.load_state_dict(optimizer.state_dict())
+    step(resumed, 1.0)
+    assert [float(resumed.state[param]["count"]) for param in params] == [3, 3]
+
+
 # ---- A base that is not fused, in a CUDA graph ---------------------------------------------------------------------
 
 
