@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -615,6 +616,25 @@ def test_steps_launch_once_for_each_pass_and_hand_over_what_the_kernels_take():
         ascent = [["noise_norm", chunks], ["sum_partials", ops.STATISTICS], ["perturb", chunks]]
         assert found["sgd", number] == [*ascent, ["restore_sgd", chunks]]
         assert found["adamw", number] == [*ascent, ["count_steps", -(-number // 128)], ["restore_adam", chunks]]
+
+
+@NEEDS_CPU_LIBRARY
+def test_a_prepared_cache_is_found_where_it_is_unpacked(tmp_path):
+    suite = ("--suite", "tests/test_count_steps.py")
+    file, folder = str(tmp_path / "cache.tar.xz"), tmp_path / "unpacked"
+    steps = [("make", file, *suite), ("unpack", file, str(folder)), ("check", str(folder), *suite)]
+    said = []
+    for step in steps:
+        done = run_python("bench/triton_cache.py", *step)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.splitlines()[-1])
+    assert said[1] == f"Use it with TRITON_CACHE_DIR={folder}"
+    assert re.fullmatch(r"[1-9]\d* kernels from the cache, 0 compiled", said[2])
+    manifest = folder / "made_with.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"ptxas": "another"}))
+    with tarfile.open(file, "w:xz") as archive:
+        archive.add(manifest, manifest.name)
+    assert run_python("bench/triton_cache.py", "unpack", file, str(folder)).stdout.endswith("compile anew: ptxas\n")
 
 
 # ---- Executed: triton_sass.py ----------------------------------------------------------------------------------------
