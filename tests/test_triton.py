@@ -640,7 +640,7 @@ def test_a_prepared_cache_is_found_where_it_is_unpacked(tmp_path):
 # ---- Executed: triton_sass.py ----------------------------------------------------------------------------------------
 
 # For each byte that a pass moves an H200 has time for 7.8 instructions (bench/gpu_model.py, NOTE [issue limit]).
-SHARE_OF_THE_ISSUE_LIMIT = 0.6
+SHARE_OF_THE_ISSUE_LIMIT = 2 / 3
 # What a warp issues at most before it asks for a tensor's elements: scalars in fp64, and its place in the table.
 BEFORE_FIRST_WIDE_LOAD = 150
 
@@ -775,6 +775,25 @@ def test_it_says_that_amds_gpus_are_served(monkeypatch):
 def test_it_says_that_triton_finds_no_driver(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     assert "Triton finds no driver for a GPU: 0 active drivers" in backend.unavailable(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler."),
+        AssertionError("libcuda.so cannot found!"),
+        FileNotFoundError("/sbin/ldconfig"),
+        subprocess.CalledProcessError(1, ["gcc"]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_it_says_why_tritons_driver_does_not_start(monkeypatch, error):
+    def start(config):
+        raise error
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(type(triton.runtime.driver), "active", property(start))
+    assert backend.unavailable(torch.device("cuda")) == f"Triton finds no driver for a GPU: {error}"
 
 
 def test_a_wave_of_64_gets_half_as_many(monkeypatch):
