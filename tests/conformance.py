@@ -65,12 +65,6 @@ def load(name: str) -> tuple[Any, str]:
     return BACKENDS[name](), DEVICE[name]
 
 
-def skip_without(backend: Any, op: str) -> None:
-    """Skips a test for a backend that does not have an op yet."""
-    if not hasattr(backend, op):
-        pytest.skip(f"this backend has no {op} yet")
-
-
 def dtype_id(dtype: torch.dtype | None) -> str:
     return "full" if dtype is None else str(dtype).removeprefix("torch.")
 

@@ -31,7 +31,6 @@ from .conformance import (
     load,
     outside,
     outside_scales,
-    skip_without,
     slices,
     unit,
 )
@@ -485,7 +484,6 @@ ADAM_OPTIONS = [
 @EVERY_DTYPE
 def test_restore_adam(backend, layout, dtype, options, by_tensor, with_backup):
     backend, device = backend
-    skip_without(backend, "count_steps")
     (beta1, beta2), weight_decay, decoupled, maximize = options
     inputs, backup, scale, lr, starts = descent(layout, dtype, device, by_tensor, with_backup)
     exp_avg, exp_avg_sq = inputs.flat(0.1), inputs.flat(0.1).square_()
@@ -546,7 +544,6 @@ def test_a_skipped_update_only_restores(backend, layout, dtype, reason, base, wi
     if base == "sgd":
         ops.restore_sgd(backend, *common, state[0], stats, None, found_inf, 0.1, None, 0.9, 0.0, 0.1, True, False, None)
     else:
-        skip_without(backend, "count_steps")
         corrections = torch.ones(len(inputs.params), 2, dtype=inputs.state_dtype, device=device)
         rest = (stats, None, found_inf, 0.1, None, 0.9, 0.99, 1e-8, 0.1, True, False, None)
         ops.restore_adam(backend, *common, *state, corrections, *rest)

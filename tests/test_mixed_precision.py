@@ -23,7 +23,6 @@ from .conformance import (
     identical,
     load,
     outside,
-    skip_without,
     slices,
 )
 
@@ -67,7 +66,6 @@ class Call:
             ops.restore_sgd(backend, *self.where, self.backup, average, *rest)
         else:
             numbers = (0.05, None, 0.9, 0.99, 1e-8, 0.1, True, False)
-            skip_without(backend, "count_steps")
             rest = (self.corrections, self.stats, self.scale, self.found_inf, *numbers, rounding)
             ops.restore_adam(backend, *self.where, self.backup, first, second, *rest)
 

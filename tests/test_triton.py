@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from bench.sass import binary  # noqa: E402
 from fsam_ext import _library, ops  # noqa: E402
 from fsam_ext.backends import reference  # noqa: E402
 from fsam_ext.backends import triton as backend  # noqa: E402
@@ -29,6 +31,7 @@ from fsam_ext.backends.triton import kernels, launch, passes, rows, tables  # no
 
 DEVICE = "cpu" if backend.INTERPRETED else "cuda"
 NAMESPACE = getattr(torch.ops, backend.NAMESPACE)
+NEEDS_SASS = pytest.mark.skipif(binary.missing_tools() is not None, reason=str(binary.missing_tools()))
 NEEDS_CPU_LIBRARY = pytest.mark.skipif(_library.CPU_REASON is not None, reason=str(_library.CPU_REASON))
 
 # numpy, in the interpreter, warns of what a GPU does without a word.
@@ -578,35 +581,29 @@ def test_no_argument_of_a_kernel_has_a_name_that_triton_uses_itself():
         assert not taken & set(arguments), name
 
 
-# Whether a call has one row or several, and what is aligned, is all that a specialisation knows of a layout.
-OTHER_LAYOUTS = ("empty", "odd", "tiny", "permuted", "gradient_in_other_order")
+LAUNCHED = re.compile(r"^(\w+): (\d+) kernels .*", re.MULTILINE)
+
+
+def launch_the_conformance_suite(*targets: str, **environment: str) -> list[int]:
+    """The numbers of kernels that it comes to on each target, printed too."""
+    done = run_python("-m", "tests.triton_launches", *targets, **environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    print(*(match[0] for match in LAUNCHED.finditer(done.stdout)), sep="\n")
+    return [int(count) for _, count in LAUNCHED.findall(done.stdout)]
 
 
 @NEEDS_CPU_LIBRARY
 def test_whatever_the_conformance_suite_launches_passes_tritons_binder():
-    """All targets through the binder, NVIDIA's and AMD's also through the frontend of the compiler."""
-    few = f"triton and not ({' or '.join(OTHER_LAYOUTS)})"
-    targets = ("sm_80:binder", "sm_90:ir", "sm_100:binder", "gfx942:ir")
-    done = run_python("-m", "tests.triton_launches", *targets, "-k", few)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    found = re.findall(r"(\w+): (\d+) kernels", done.stdout)
-    assert [target for target, _ in found] == [target.split(":")[0] for target in targets]
-    assert all(int(count) > 400 for _, count in found), done.stdout
-    print(done.stdout)
+    """On all targets, and on one also the frontend of the compiler."""
+    counts = launch_the_conformance_suite("sm_80:binder", "sm_90:ir", "sm_100:binder", "gfx942:binder")
+    assert len(counts) == 4 and min(counts) > 400
 
 
 @NEEDS_CPU_LIBRARY
 @pytest.mark.large
 def test_whatever_the_conformance_suite_launches_compiles(tmp_path):
-    few = f"triton and not ({' or '.join(OTHER_LAYOUTS)})"
-    counts = []
-    for chosen, targets in (("triton", ("sm_80", "sm_90", "sm_100", "gfx942")), (few, ("sm_90:binder",))):
-        done = run_python("-m", "tests.triton_launches", *targets, "-k", chosen, TRITON_CACHE_DIR=str(tmp_path))
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-        print(*(line for line in done.stdout.splitlines() if "kernels of" in line), sep="\n")
-        counts.append(dict(re.findall(r"(\w+): (\d+) kernels", done.stdout)))
-    everything, of_few_layouts = counts
-    assert everything["sm_90"] == of_few_layouts["sm_90"], "a layout of OTHER_LAYOUTS asks for kernels of its own"
+    counts = launch_the_conformance_suite("sm_80", "sm_90", "sm_100", "gfx942", TRITON_CACHE_DIR=str(tmp_path))
+    assert len(counts) == 4 and min(counts) > 400
 
 
 def test_steps_launch_once_for_each_pass_and_hand_over_what_the_kernels_take():
@@ -637,6 +634,62 @@ def test_nothing_is_compiled_while_a_graph_is_captured():
         "another dtype, captured": refusal,
         "a user's kernel beside it, captured": ["of_a_user", "restore"],
     }
+
+
+@NEEDS_CPU_LIBRARY
+def test_a_prepared_cache_is_found_where_it_is_unpacked(tmp_path):
+    suite = ("--suite", "tests/test_count_steps.py")
+    file, folder = str(tmp_path / "cache.tar.xz"), tmp_path / "unpacked"
+    steps = [("make", file, *suite), ("unpack", file, str(folder)), ("check", str(folder), *suite)]
+    said = []
+    for step in steps:
+        done = run_python("bench/triton_cache.py", *step)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.splitlines()[-1])
+    assert said[1] == f"Use it with TRITON_CACHE_DIR={folder}"
+    assert re.fullmatch(r"[1-9]\d* kernels from the cache, 0 compiled", said[2])
+    manifest = folder / "made_with.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"ptxas": "another"}))
+    with tarfile.open(file, "w:xz") as archive:
+        archive.add(manifest, manifest.name)
+    assert run_python("bench/triton_cache.py", "unpack", file, str(folder)).stdout.endswith("compile anew: ptxas\n")
+
+
+# ---- Executed: triton_sass.py ----------------------------------------------------------------------------------------
+
+# For each byte that a pass moves an H200 has time for 7.8 instructions (bench/gpu_model.py, NOTE [issue limit]).
+SHARE_OF_THE_ISSUE_LIMIT = 2 / 3
+# What a warp issues at most before it asks for a tensor's elements: scalars in fp64, and its place in the table.
+BEFORE_FIRST_WIDE_LOAD = 150
+
+
+def executed(*options: str) -> dict[tuple, dict]:
+    done = run_python("-m", "tests.triton_sass", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {tuple(case): facts for case, facts in map(json.loads, done.stdout.splitlines())}
+
+
+@NEEDS_CPU_LIBRARY
+@NEEDS_SASS
+def test_the_compiled_code_gives_the_bits_of_the_cpu_backend_and_issues_few_instructions():
+    from bench import gpu_model
+
+    for (op, dtype, _, table), facts in executed().items():
+        print(op, dtype, "table" if table else "one row", facts)
+        assert not facts["differs"], (op, dtype, table)
+        if op != "count_steps":
+            nbytes = gpu_model.bytes_per_parameter(op, {"float32": "fp32", "bfloat16": "bf16"}[dtype])
+            limit = SHARE_OF_THE_ISSUE_LIMIT * gpu_model.H200.issue_limit(nbytes, 4.3e12)
+            assert facts["instructions"] <= limit, (op, dtype, table)
+            assert facts["before_first_wide_load"] <= BEFORE_FIRST_WIDE_LOAD, (op, dtype, table)
+
+
+@NEEDS_CPU_LIBRARY
+@NEEDS_SASS
+@pytest.mark.large
+def test_all_compiled_code_gives_the_bits_of_the_cpu_backend():
+    found = executed("--all")
+    assert len(found) > 60 and not {case: facts["differs"] for case, facts in found.items() if facts["differs"]}
 
 
 # ---- What only a GPU has, with fakes in its place --------------------------------------------------------------------
@@ -741,6 +794,25 @@ def test_it_says_that_amds_gpus_are_served(monkeypatch):
 def test_it_says_that_triton_finds_no_driver(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     assert "Triton finds no driver for a GPU: 0 active drivers" in backend.unavailable(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler."),
+        AssertionError("libcuda.so cannot found!"),
+        FileNotFoundError("/sbin/ldconfig"),
+        subprocess.CalledProcessError(1, ["gcc"]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_it_says_why_tritons_driver_does_not_start(monkeypatch, error):
+    def start(config):
+        raise error
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(type(triton.runtime.driver), "active", property(start))
+    assert backend.unavailable(torch.device("cuda")) == f"Triton finds no driver for a GPU: {error}"
 
 
 def test_a_wave_of_64_gets_half_as_many(monkeypatch):

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import subprocess
@@ -184,6 +185,7 @@ def cuda_driver(target: GPUTarget, libcuda: Libcuda, checks: bool = True) -> Any
     return Driver()
 
 
+@functools.cache
 def serve_cpu_tensors() -> None:
     """Has the ops take CPU tensors for a GPU's: the kernels do nothing, so their arguments may lie anywhere."""
     for name in ops.NAMES:

@@ -103,13 +103,13 @@ class Recorder:
         return call
 
 
-def record(chosen: str = "triton") -> list[Specialisation]:
-    """What the chosen tests of the suite launch. Raises RuntimeError where one of them fails."""
+def record(suite: Iterable[str] = SUITE) -> list[Specialisation]:
+    """What the tests of these files launch. Raises RuntimeError where one of them fails."""
     recorder = Recorder()
     triton_gpu.serve_cpu_tensors()
-    status = pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "-k", chosen, *SUITE], plugins=[recorder])
+    status = pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "-k", "triton", *suite], plugins=[recorder])
     if status != pytest.ExitCode.OK:
-        raise RuntimeError(f"{' '.join(SUITE)} ended with {status!r}: what they launch is not known")
+        raise RuntimeError(f"{' '.join(suite)} ended with {status!r}: what they launch is not known")
     return list(recorder.seen)
 
 
@@ -140,7 +140,7 @@ class Uncompiled:
         """What a hook would be told of a launch."""
 
 
-def replay(specialisations: Iterable[Specialisation], target: str, until: str = "binary") -> int:
+def launch_all(found: Iterable[Specialisation], target: str, until: str = "binary") -> int:
     """Launches them for a target; returns how many kernels they came to.
 
     ``until``: "binder" stops before anything is translated, "ir" before what is translated is compiled.
@@ -149,7 +149,7 @@ def replay(specialisations: Iterable[Specialisation], target: str, until: str = 
         if until != "binary":
             stack.enter_context(patch.object(triton.compiler, "compile", partial(Uncompiled, until=until)))
         active = triton_gpu.activate(triton_gpu.FakeDriver(triton_gpu.TARGETS[target]))
-        for one in specialisations:
+        for one in found:
             one.launch()
     caches = (getattr(kernels, name).device_caches.pop(active.device, ({},))[0] for name in kernels.__all__)
     made = [kernel for cache in caches for kernel in cache.values()]
@@ -163,12 +163,11 @@ def main() -> None:
     """Records, then launches for each target as far as it says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="+", metavar="TARGET[:binder|:ir]", help=", ".join(triton_gpu.TARGETS))
-    parser.add_argument("-k", dest="chosen", default="triton", help="which tests of the suite to record")
-    arguments = parser.parse_args()
-    found = record(arguments.chosen)
-    for wanted in arguments.targets:
+    targets = parser.parse_args().targets
+    found = record()
+    for wanted in targets:
         target, _, until = wanted.partition(":")
-        print(f"{target}: {replay(found, target, until or 'binary')} kernels of {len(found)} calls", flush=True)
+        print(f"{target}: {launch_all(found, target, until or 'binary')} kernels of {len(found)} calls", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ libcuda (triton_gpu.py). With `--time` it prints the host's time for a step whos
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,9 +28,17 @@ BASES = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.Adam
 ROWS = (1, 150)
 
 
-def stepper(base: str, rows: int) -> Callable[[], None]:
+@functools.cache
+def serve_cpu_tensors() -> None:
+    """Has `backend="triton"` take CPU tensors for a GPU's."""
+    triton_gpu.serve_cpu_tensors()
+    backends.CANDIDATES["triton"] = lambda _: (backends._dispatcher(NAMESPACE), None)
+
+
+def stepper(base: str, rows: int, dtype: torch.dtype = torch.float32) -> Callable[[], None]:
     """A function that makes one step over parameters of so many rows."""
-    params = [torch.nn.Parameter(torch.randn(64, 65)) for _ in range(rows)]
+    serve_cpu_tensors()
+    params = [torch.nn.Parameter(torch.randn(64, 65, dtype=dtype)) for _ in range(rows)]
     optimizer_class, options = BASES[base]
     optimizer = FriendlySAM(params, optimizer_class, lr=0.1, rho=0.05, backend="triton", **options)
     for param in params:
@@ -43,15 +51,23 @@ def stepper(base: str, rows: int) -> Callable[[], None]:
     return step
 
 
+def run_all() -> None:
+    """A step of each kind, for what a benchmark would launch."""
+    for base in BASES:
+        for rows in ROWS:
+            for dtype in (torch.float32, torch.bfloat16):
+                stepper(base, rows, dtype)()
+
+
 def host_time(step: Callable[[], None], repetitions: int = 15, steps: int = 20) -> float:
-    """The median over the repetitions, in microseconds a step."""
+    """The CPU time of the thread that launches, in microseconds a step: the least of the repetitions."""
     times = []
     for _ in range(repetitions):
-        begin = time.perf_counter()
+        begin = time.thread_time()
         for _ in range(steps):
             step()
-        times.append((time.perf_counter() - begin) / steps * 1e6)
-    return statistics.median(times)
+        times.append((time.thread_time() - begin) / steps * 1e6)
+    return min(times)
 
 
 def main() -> None:
@@ -59,8 +75,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--time", action="store_true")
     timed = parser.parse_args().time
-    triton_gpu.serve_cpu_tensors()
-    backends.CANDIDATES["triton"] = lambda _: (backends._dispatcher(NAMESPACE), None)
     with tempfile.TemporaryDirectory() as folder:
         libcuda = triton_gpu.Libcuda(Path(folder))
         triton_gpu.activate(triton_gpu.cuda_driver(triton_gpu.TARGETS["sm_90"], libcuda, checks=not timed))
@@ -69,7 +83,7 @@ def main() -> None:
                 step = stepper(base, rows)
                 step()
                 if timed:
-                    print(f"{base}, {rows} rows: {host_time(step):.0f} us of host time a step")
+                    print(f"{base}, {rows} rows: {host_time(step):.0f} us of CPU time a step")
                     continue
                 libcuda.launched.clear()
                 step()

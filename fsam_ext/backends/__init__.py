@@ -28,7 +28,7 @@ OLDEST_CAPABILITY = (7, 5)
 def _dispatcher(namespace: str) -> SimpleNamespace:
     """The ops of a torch library, as overloads: an attribute less to resolve in each call."""
     packets = getattr(torch.ops, namespace)
-    calls = {name: getattr(packets, name).default for name in ops.NAMES if hasattr(packets, name)}
+    calls = {name: getattr(packets, name).default for name in ops.NAMES}
     return SimpleNamespace(**calls, takes_held=namespace == "fsam_ext")
 
 

@@ -27,21 +27,22 @@ class Call:
     alive: list[Tensor]  # reordered gradients
 
 
-def _check_like(first: Tensor, tensors: Sequence[Tensor], name: str, other_dtype: str, other_device: str) -> None:
-    """All strided, with the dtype and device of ``first``: sets tell, the loop only finds the one to name."""
-    dtype, device = first.dtype, first.get_device()
-    if (
-        set(map(attrgetter("layout"), tensors)) == {torch.strided}
-        and set(map(attrgetter("dtype"), tensors)) == {dtype}
-        and set(map(Tensor.get_device, tensors)) == {device}
-    ):
-        return
+def refuse_sparse(tensors: Sequence[Tensor], name: str) -> None:
+    """Raises RuntimeError for the first tensor of a list that is not strided."""
     for i, tensor in enumerate(tensors):
         if tensor.layout != torch.strided:
             raise RuntimeError(
                 f"fsam_ext: {name}[{i}] is sparse; only dense (strided) tensors are supported: "
                 "use sparse=False, or to_dense()"
             )
+
+
+def _check_like(first: Tensor, tensors: Sequence[Tensor], name: str, other_dtype: str, other_device: str) -> None:
+    """All with the dtype and device of ``first``: sets tell, the loop only finds the one to name."""
+    dtype, device = first.dtype, first.get_device()
+    if set(map(attrgetter("dtype"), tensors)) == {dtype} and set(map(Tensor.get_device, tensors)) == {device}:
+        return
+    for i, tensor in enumerate(tensors):
         if tensor.dtype != dtype:
             raise RuntimeError(f"fsam_ext: {name}[{i}] {other_dtype}")
         if tensor.get_device() != device:

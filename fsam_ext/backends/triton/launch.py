@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,10 @@ def unavailable(device: torch.device) -> str | None:
         return None if device.type == "cpu" else "TRITON_INTERPRET is set: Triton runs on the CPU"
     if device.type not in ("cuda", "xpu"):
         return "it serves GPUs only (cuda, ROCm, xpu), and the CPU under TRITON_INTERPRET=1"
+    # Its driver is compiled when it is first asked for, which fails in other ways without a C compiler or libcuda.
     try:
         target = triton.runtime.driver.active.get_current_target()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, OSError, subprocess.SubprocessError) as error:
         return f"Triton finds no driver for a GPU: {error}"
     if target.backend == "cuda" and torch.cuda.get_device_capability(device) < (7, 5):
         return "Triton needs compute capability 7.5 or later"

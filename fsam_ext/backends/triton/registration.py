@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ... import ops
 from . import passes
+from .checks import refuse_sparse
 from .launch import INTERPRETED
 
 NAMESPACE = "fsam_ext_triton"
@@ -34,12 +39,26 @@ SCHEMAS = {
     "decoupled, bool maximize, Tensor? rounding) -> ()",
 }
 
-# `Library.define` and `impl`, not `custom_op`: docs/triton.md has what each costs the host. Sparse tensors come in too,
-# to be refused with a sentence; ROCm's tensors have the keys of CUDA's.
-_KEYS = ("CPU", "SparseCPU") if INTERPRETED else ("CUDA", "SparseCUDA", "XPU", "SparseXPU")
+
+# The dispatcher brings a call with a sparse tensor here, to be refused with a sentence; dense ones are not asked.
+def _without_sparse(op: Callable) -> Callable:
+    @functools.wraps(op)
+    def run(*args: Any) -> None:
+        for name, tensors in zip(("params", "grads"), args):
+            if isinstance(tensors, list):
+                refuse_sparse(tensors, name)
+        op(*args)
+
+    return run
+
+
+# `Library.define` and `impl`, not `custom_op`: docs/triton.md has what each costs the host. ROCm has the keys of CUDA.
+_KEYS = ("CPU",) if INTERPRETED else ("CUDA", "XPU")
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     for _key in _KEYS:
-        _library.impl(_name, getattr(passes, _name), _key)
+        _op = getattr(passes, _name)
+        _library.impl(_name, _op, _key)
+        _library.impl(_name, _without_sparse(_op), f"Sparse{_key}")
 ops.register_fakes(NAMESPACE)
