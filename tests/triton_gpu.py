@@ -12,6 +12,7 @@ import functools
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,3 +198,16 @@ def activate(active: Any) -> Any:
     driver.set_active(active)
     launch._warp_size.cache_clear()
     return active
+
+
+def run_python(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """A Python of its own, without the interpreter of Triton."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        input=stdin,
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+        env={**inherited, **environment},
+    )
