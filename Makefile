@@ -18,7 +18,7 @@ CONSTRAINTS := $(VENV)/constraints.txt
 # Always run: ninja knows what there is to do.
 BUILD       := $(PY) setup.py -q build_ext
 SANITIZED   := build/sanitize
-CPP          = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP          = $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:

@@ -4,7 +4,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-typedef void (*Launched)(const unsigned* grid_and_block, unsigned shared, void* stream, void* function, void** parameters);
+typedef void (*Launched)(const unsigned* grid_and_block, unsigned shared, void* stream, void* function,
+                         void** parameters);
 Launched on_launch = NULL;
 int capability_major = 9, capability_minor = 0;
 
@@ -95,10 +96,24 @@ int cuStreamIsCapturing(void* stream, int* out) {
   return 0;
 }
 
-int cuDevicePrimaryCtxRetain(void** out, int device) { return cuCtxGetCurrent(out); }
-int cuCtxSetCurrent(void* context) { return 0; }
-int cuCtxSetLimit(int limit, size_t value) { return 0; }
-int cuFuncSetAttribute(void* function, int attribute, int value) { return 0; }
-int cuFuncSetCacheConfig(void* function, int config) { return 0; }
-int cuModuleUnload(void* module) { return 0; }
-int cuInit(unsigned flags) { return 0; }
+int cuDevicePrimaryCtxRetain(void** out, int device) {
+  return cuCtxGetCurrent(out);
+}
+int cuCtxSetCurrent(void* context) {
+  return 0;
+}
+int cuCtxSetLimit(int limit, size_t value) {
+  return 0;
+}
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+  return 0;
+}
+int cuFuncSetCacheConfig(void* function, int config) {
+  return 0;
+}
+int cuModuleUnload(void* module) {
+  return 0;
+}
+int cuInit(unsigned flags) {
+  return 0;
+}
