@@ -30,12 +30,6 @@ int cuPointerGetAttribute(void* out, int attribute, uint64_t address) {
   return 0;
 }
 
-// 3.9 and later ask for several at once; the first is the device's address.
-int cuPointerGetAttributes(unsigned count, const int* attributes, void** out, uint64_t address) {
-  if (count > 0) *(uint64_t*)out[0] = address;
-  return 0;
-}
-
 int cuDeviceGetAttribute(int* out, int attribute, int device) {
   *out = attribute == MAJOR               ? capability_major
          : attribute == MINOR             ? capability_minor
@@ -112,8 +106,5 @@ int cuFuncSetCacheConfig(void* function, int config) {
   return 0;
 }
 int cuModuleUnload(void* module) {
-  return 0;
-}
-int cuInit(unsigned flags) {
   return 0;
 }
