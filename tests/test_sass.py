@@ -38,16 +38,23 @@ needs_binary = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def programs():
-    """The programs of an sm_90 by dtype and op."""
+def all_programs():
+    """The programs of the library's architectures by architecture, dtype and op."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         binary.extract(binary.LIBRARY, Path(folder))
         for cubin, dtype in figures.cubins(Path(folder)):
-            if binary.architecture(cubin) == "90":
-                for kernel, entry, program in figures.programs(cubin, dtype):
-                    found[dtype, kernel.op] = kernel, entry, program
+            for kernel, entry, program in figures.programs(cubin, dtype):
+                found.setdefault(program.arch, {})[dtype, kernel.op] = kernel, entry, program
     return found
+
+
+@pytest.fixture(scope="module", params=figures.ARCHITECTURES)
+def programs(all_programs, request):
+    """The programs of an architecture by dtype and op."""
+    if request.param not in all_programs:
+        pytest.skip(f"the library holds no sm_{request.param}")
+    return all_programs[request.param]
 
 
 def problem_for(dtype: str, shift: int = 0, sizes=SIZES) -> Problem:
@@ -264,8 +271,8 @@ def test_shuffles_take_from_lanes_that_take_part():
 
 
 @needs_binary
-def test_changed_structs_are_noticed(programs, monkeypatch):
-    kernel, entry, _ = programs["fp32", "restore_adam"]
+def test_changed_structs_are_noticed(all_programs, monkeypatch):
+    kernel, entry, _ = all_programs["90"]["fp32", "restore_adam"]
     calls.default_block(kernel, "fp32", entry)
     with pytest.raises(calls.ChangedParameters, match="restore_adam: .* bytes of parameters from the headers"):
         calls.default_block(kernel, "fp32", replace(entry, parameter_bytes=entry.parameter_bytes + 8))
