@@ -22,6 +22,7 @@ from bench.gpu_model import GPUS, MOVED, print_model
 from bench.host_time import print_host_times
 from bench.sass import binary, figures
 from bench.sass.binary import LIBRARY, missing_tools
+from bench.sass.calls import MODELS
 
 SIZES = {"double": 8, "float": 4, "fsam::bfloat16": 2, "fsam::half": 2, "signed char": 1, "void": 0}
 THREADS_PER_BLOCK = 256
@@ -170,11 +171,11 @@ def print_kernels(library: Path) -> None:
 
 def print_figures(found: list[figures.Figures]) -> None:
     """What the default call of each op executes: see bench/sass/figures.py, and NOTE [cycles] in its timeline.py."""
-    print("\nExecuted by a block amid a long row, lane instructions a parameter (count_steps: a tensor), and modelled "
-          f"cycles of the block:\n{'sm':>4} {'dtype':>5} {'rows':>4} {'all':>6} {'in loop':>7} {'bytes':>5} "
+    print("\nExecuted by a block amid a long row, in lane instructions a parameter (count_steps: a tensor), and modelled "
+          f"cycles of the block:\n{'sm':>4} {'dtype':>5} {'model':>11} {'all':>6} {'in loop':>7} {'bytes':>5} "
           f"{'narrow':>6} {'before first load':>17} {'cycles':>6} {'barrier at':>10} {'end':>5}  op")  # fmt: skip
     for f in found:
-        print(f"{f.arch:>4} {f.dtype:>5} {f.rows:4} {f.per_parameter:6.1f} {f.main_loop:7.1f} {f.moved_bytes:5.0f} "
+        print(f"{f.arch:>4} {f.dtype:>5} {f.model.name:>11} {f.per_parameter:6.1f} {f.main_loop:7.1f} {f.moved_bytes:5.0f} "
               f"{f.narrow:6} {f.before_first_load:17} {f.cycles.first_load or '-':>6} {f.cycles.barrier or '-':>10} "
               f"{f.cycles.end:5}  {f.op}")  # fmt: skip
 
@@ -199,7 +200,7 @@ def main() -> None:
     if not found:
         sys.exit(f"{arguments.library} holds none of sm_{', sm_'.join(figures.ARCHITECTURES)}, whose calls are counted")
     if arguments.model:
-        return print_model({(f.op, f.dtype, f.arch): f.per_parameter for f in found if f.rows == 1})
+        return print_model({(f.op, f.dtype, f.arch): f.per_parameter for f in found if f.model == MODELS[0]})
     print_figures(found)
 
 

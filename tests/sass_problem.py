@@ -39,8 +39,11 @@ def values_of(problem: Problem, op: str, memory: Memory, chunks: int) -> dict:
     return values | ({"eps": 1e-8} if op == "restore_adam" else {})
 
 
-def execute(problem: Problem, kernel: Kernel, entry: Entry, program: Program) -> None:
-    """Every block of the op's kernel, one after another; the problem's tensors hold the results."""
+def execute(problem: Problem, kernel: Kernel, entry: Entry, program: Program, span: int = 1) -> None:
+    """Every block of the op's kernel, one after another; the problem's tensors hold the results.
+
+    `span`: how many chunks a block takes.
+    """
     memory, rows, chunks = Memory(), [], 0
     for i, (param, grad) in enumerate(zip(problem.params, problem.grads, strict=True)):
         numel = param.numel()
@@ -49,8 +52,8 @@ def execute(problem: Problem, kernel: Kernel, entry: Entry, program: Program) ->
         chunks += ops.count_chunks([numel])
     values = values_of(problem, kernel.op, memory, chunks)
     if kernel.has_table:
-        blocks = calls.table(rows, calls.capacity_of(entry.shown))[1]
+        table, blocks = calls.table(rows, calls.capacity_of(entry.shown), span)
     else:
-        blocks = -(-len(problem.index) // kernel.threads)
+        table, blocks = {}, -(-len(problem.index) // kernel.threads)
     for block in range(blocks):
-        Walk(program, calls.block_of(kernel, entry, rows, values, memory, block)).run()
+        Walk(program, calls.block_of(kernel, entry, table, values, memory, block)).run()

@@ -51,13 +51,13 @@ def architecture(cubin: Path) -> str:
 
 
 def main_loop_lines(folder: Path = SOURCES) -> dict[str, set[int]]:
-    """For each file the lines through which the main loops of `walk` and `walk_together` reach memory."""
+    """For each file the lines through which main loops over whole groups reach memory."""
     found = {}
     for path in sorted(folder.glob("*.*h")):
         lines = {number for number, text in enumerate(path.read_text().splitlines(), 1) if "Whole{}" in text}
         if lines:
             found[path.name] = lines
-    assert sum(map(len, found.values())) == 4, "csrc/cuda: expected one load and one finish of each main loop"
+    assert sum(map(len, found.values())) in (2, 4), "csrc/cuda: expected one load and one finish of a main loop"
     return found
 
 

@@ -5,20 +5,22 @@ Tables are filled as csrc/cuda/launch.cuh fills them.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from bench.sass.binary import Entry
-from bench.sass.layout import Parameters
+from bench.sass.layout import Parameters, constant
 from bench.sass.machine import Block, Memory
 
-CHUNK = 4096  # csrc/tensor_table.h
-WARP_ROW = 2048  # csrc/cuda/kernels.cuh
-WARPS = 8
+CHUNK = constant("kChunk")
+WARP_ROW = constant("kWarpRow")
+WARPS = constant("kWarps")
 THREADS = 32 * WARPS
-TABLES = (64, 800)
+TABLES = tuple(constant(f"k{size}Table") for size in ("Small", "Middle", "Large"))
 
 
 @dataclass(frozen=True)
@@ -81,34 +83,50 @@ class Row:
     id: int
 
 
-def table(rows: list[Row], capacity: int) -> tuple[dict, int]:
+def span_of(chunks: int) -> int:
+    """How many chunks a block takes in a call of so many."""
+    span = 1
+    while span < constant("kMaxSpan") and chunks // (2 * span) >= constant("kBlocksToSpare"):
+        span *= 2
+    return span
+
+
+def hints(starts: list[int], blocks: int) -> dict:
+    """Where the search for a block's row begins: the row of every so many blocks."""
+    count, shift = constant("kHints"), 0
+    while blocks >> shift >= count:
+        shift += 1
+    rows = [max(bisect.bisect_right(starts, i << shift) - 1, 0) for i in range(count + 1)]
+    return {"hint_shift": shift, "hint": rows}
+
+
+def table(rows: list[Row], capacity: int, span: int) -> tuple[dict, int]:
     """The values of a Table, and the number of blocks."""
     large = [row for row in rows if row.numel > WARP_ROW]
     small = [row for row in rows if 0 < row.numel <= WARP_ROW]
     ordered = large + small
-    starts = np.cumsum([0] + [-(-row.numel // CHUNK) for row in large])
+    starts = [0, *itertools.accumulate(-(-row.numel // (span * CHUNK)) for row in large)]
+    blocks = starts.pop()
 
     def column(values: list) -> list:
-        return [*map(int, values), *[0] * (capacity - len(values))]
+        return [*values, *[0] * (capacity - len(values))]
 
-    values = {
-        name: column([getattr(row, name) for row in ordered]) for name in ("param", "grad", "offset", "numel", "id")
-    }
-    values["first_block"] = column(list(starts[:-1]))
-    values |= {"large": len(large), "rows": len(ordered), "large_blocks": int(starts[-1])}
-    return values, int(starts[-1]) + -(-len(small) // WARPS)
+    columns = ("param", "grad", "offset", "numel", "id")
+    values = {name: column([getattr(row, name) for row in ordered]) for name in columns}
+    values |= {"first_block": column(starts), "large": len(large), "rows": len(ordered), "large_blocks": blocks}
+    values |= {"span": span, **hints(starts, blocks)}
+    return values, blocks + -(-len(small) // WARPS)
 
 
 class ChangedParameters(Exception):
     """The binary takes parameters of another size than the headers say."""
 
 
-def block_of(kernel: Kernel, entry: Entry, rows: list[Row], values: dict, memory: Memory, block: int) -> Block:
+def block_of(kernel: Kernel, entry: Entry, rows: dict, values: dict, memory: Memory, block: int) -> Block:
     """A block of a call. The parameters have to be as many bytes as the binary takes."""
     result = Parameters()
     if kernel.has_table:
-        capacity = capacity_of(entry.shown)
-        result.struct("Table", table(rows, capacity)[0], {"kRows": capacity})
+        result.struct("Table", rows, {"kRows": capacity_of(entry.shown)})
     result.struct(kernel.arguments, DEFAULTS | values)
     if len(result.data) != entry.parameter_bytes:
         raise ChangedParameters(
@@ -125,42 +143,55 @@ def capacity_of(name: str) -> int:
     return int(re.search(r"Table<(\d+)>", name)[1])
 
 
-# ---- The call that is counted
+# ---- The calls that are counted
 
 
-BLOCK = 5  # of a row so long that every block is alike
-ROW_CHUNKS = 1_000_000
+@dataclass(frozen=True)
+class Model:
+    """What a call goes over: a block is looked at that lies in a long row, behind shorter ones."""
+
+    name: str
+    rows: int
+    chunks: int
+
+    @property
+    def span(self) -> int:
+        """How many chunks a block takes."""
+        return span_of(self.chunks)
 
 
-def _window(memory: Memory, dtype: str, fill: float) -> int:
-    """The address of a row of which the block's part is there."""
-    values = np.full(CHUNK, fill, np.float32)
-    data = (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else values
-    return memory.place(data) - BLOCK * data.nbytes
+MODELS = [
+    Model("100M, flat", 1, 24_000),
+    Model("10M, flat", 1, 2_400),
+    Model("GPT-2", 148, 30_400),
+]
+BLOCK = 5  # of the long row: neither its first nor its last one
 
 
-def default_block(kernel: Kernel, dtype: str, entry: Entry, further_rows: int = 0) -> Block:
-    """One block amid a long row of aligned parameters, before which come `further_rows` shorter ones."""
-    memory = Memory()
-    param, grad, backup = (_window(memory, dtype, fill) for fill in (1.0, 0.5, 1.25))
-    ema, first, second = (_window(memory, "fp32", fill) for fill in (0.25, 0.5, 0.0625))
-    stats = memory.place(np.array([7.0, 0, 0, 0, 0]))
-    slots = memory.place(np.zeros(8 * ROW_CHUNKS, np.float32))
-    corrections = memory.place(np.tile(np.array([1e-3, 0.5], np.float32), 1 + further_rows))
+def default_block(kernel: Kernel, dtype: str, entry: Entry, model: Model) -> Block:
+    """One block of a kernel's default call, of aligned parameters."""
+    memory, elements = Memory(), model.span * CHUNK
+
+    def window(type_: str, fill: float) -> int:
+        """The address of a row of which the block's part is there."""
+        values = np.full(elements, fill, np.float32)
+        data = (values.view(np.uint32) >> 16).astype(np.uint16) if type_ == "bf16" else values
+        return memory.place(data) - BLOCK * data.nbytes
+
+    param, grad, backup = (window(dtype, fill) for fill in (1.0, 0.5, 1.25))
+    ema, first, second = (window("fp32", fill) for fill in (0.25, 0.5, 0.0625))
+    corrections = np.tile(np.array([1e-3, 0.5], np.float32), (max(model.rows, kernel.threads), 1))
     values = {
-        "ema": average(ema), "backup": backup, "stats": stats, "slots": slots, "chunks": ROW_CHUNKS,
-        "momentum_buffer": first, "exp_avg": first, "exp_avg_sq": second, "corrections": corrections,
+        "ema": average(ema), "backup": backup, "momentum_buffer": first, "exp_avg": first, "exp_avg_sq": second,
+        "stats": memory.place(np.array([7.0, 0, 0, 0, 0])), "corrections": memory.place(corrections),
+        "slots": memory.place(np.zeros(5 * model.chunks, np.float32)), "chunks": model.chunks,
+        "steps": memory.place(np.full(kernel.threads, 10, np.float32)),
+        "index": memory.place(np.arange(kernel.threads)), "members": kernel.threads, "rows": kernel.threads,
     }  # fmt: skip
-    if kernel.op == "count_steps":
-        steps, index = np.full(kernel.threads, 10, np.float32), np.arange(kernel.threads)
-        corrections = memory.place(np.zeros((kernel.threads, 2), np.float32))
-        values |= {
-            "steps": memory.place(steps), "index": memory.place(index), "members": kernel.threads,
-            "rows": kernel.threads, "corrections": corrections,
-        }  # fmt: skip
-        return block_of(kernel, entry, [], values, memory, 0)
     if kernel.op == "restore_adam":
         values |= {"weight_decay": 1e-2, "eps": 1e-8}
-    rows = [Row(0, 0, CHUNK, 0, i) for i in range(further_rows)]
-    rows.append(Row(param, grad, CHUNK * ROW_CHUNKS, 0, further_rows))
-    return block_of(kernel, entry, rows, values, memory, further_rows + BLOCK)
+    before = model.rows - 1
+    rows = [Row(0, 0, CHUNK, 0, i) for i in range(before)]
+    rows.append(Row(param, grad, CHUNK * (model.chunks - before), 0, before))
+    rows = table(rows, capacity_of(entry.shown), model.span)[0] if kernel.has_table else {}
+    return block_of(kernel, entry, rows, values, memory, before + BLOCK if kernel.has_table else 0)

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.sass import binary, calls
-from bench.sass.calls import CHUNK, COUNT_STEPS, KERNELS, STORAGE, Kernel
+from bench.sass.calls import CHUNK, COUNT_STEPS, KERNELS, MODELS, STORAGE, Kernel, Model
 from bench.sass.program import Program, parse
 from bench.sass.timeline import Timeline, timeline
 from bench.sass.walk import Issue, Walk
 
 ARCHITECTURES = ("80", "90", "100")
 LANES = 32
-ROWS = (1, 148)  # a flattened model; GPT-2
 
 CLASSES = {
     "arithmetic": "FADD FMUL FFMA FSEL FSETP FSET FMNMX MUFU FCHK DADD DMUL DFMA DSETP",
@@ -40,8 +39,8 @@ class Figures:
 
     op: str
     dtype: str
-    rows: int
     arch: str
+    model: Model
     per_parameter: float  # lane instructions of the whole block; count_steps: for each tensor
     main_loop: float  # of these, from the first instruction of the main loop to its last one
     before_first_load: int  # instructions of the warp that issues most of them
@@ -52,7 +51,7 @@ class Figures:
     before_classes: dict[str, int]  # before the first load
 
     def __str__(self) -> str:
-        return f"{self.op} {self.dtype} sm_{self.arch}" + (f" of {self.rows} rows" if self.rows > 1 else "")
+        return f"{self.op} {self.dtype} sm_{self.arch} {self.model.name}"
 
 
 def main_loop(issued: list[Issue]) -> tuple[int, int]:
@@ -67,9 +66,9 @@ def first_load(issued: list[Issue]) -> int:
     return next((i for i in loads if issued[i].ins.in_main_loop), loads[0])
 
 
-def count(kernel: Kernel, dtype: str, rows: int, arch: str, walk: Walk) -> Figures:
+def count(kernel: Kernel, dtype: str, arch: str, model: Model, walk: Walk) -> Figures:
     """The figures of a walk."""
-    per = LANES / (CHUNK if kernel.has_table else kernel.threads)
+    per = LANES / (CHUNK * model.span if kernel.has_table else kernel.threads)
     loops = [issued[slice(*main_loop(issued))] for issued in walk.issued]
     classes = Counter(class_of(issue.ins.opcode) for loop in loops for issue in loop)
     slowest = max(walk.issued, key=first_load)
@@ -82,8 +81,8 @@ def count(kernel: Kernel, dtype: str, rows: int, arch: str, walk: Walk) -> Figur
     return Figures(
         kernel.op,
         dtype,
-        rows,
         arch,
+        model,
         sum(map(len, walk.issued)) * per,
         sum(map(len, loops)) * per,
         first_load(slowest),
@@ -98,7 +97,7 @@ def count(kernel: Kernel, dtype: str, rows: int, arch: str, walk: Walk) -> Figur
 def programs(cubin: Path, dtype: str, rows: int = 1) -> list[tuple[Kernel, binary.Entry, Program]]:
     """The kernels of default calls in a cubin, for tables of so many rows."""
     by_name = {entry.shown: entry for entry in binary.entries(cubin)}
-    kernels = [*KERNELS, COUNT_STEPS] if dtype == "fp32" else KERNELS
+    kernels = [*KERNELS, COUNT_STEPS] if dtype == "fp32" and rows == 1 else KERNELS
     found = [(kernel, by_name[kernel.name(STORAGE[dtype], rows)]) for kernel in kernels]
     sections = binary.disassemble(cubin, [entry for _, entry in found])
     lines, arch = binary.main_loop_lines(), binary.architecture(cubin)
@@ -110,14 +109,14 @@ def programs(cubin: Path, dtype: str, rows: int = 1) -> list[tuple[Kernel, binar
 
 def _of_cubin(task: tuple[Path, str]) -> list[Figures]:
     cubin, dtype = task
-    return [
-        count(
-            kernel, dtype, rows, program.arch, Walk(program, calls.default_block(kernel, dtype, entry, rows - 1)).run()
-        )
-        for rows in ROWS
-        for kernel, entry, program in programs(cubin, dtype, rows)
-        if rows == 1 or kernel.has_table
-    ]
+    found = []
+    for rows in sorted({model.rows for model in MODELS}):
+        models = [model for model in MODELS if model.rows == rows]
+        for kernel, entry, program in programs(cubin, dtype, rows):
+            for model in models if kernel.has_table else models[:1]:
+                walk = Walk(program, calls.default_block(kernel, dtype, entry, model)).run()
+                found.append(count(kernel, dtype, program.arch, model, walk))
+    return found
 
 
 def cubins(folder: Path) -> list[tuple[Path, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bench.sass.machine import Execution, as_signed, executes
-from bench.sass.program import TRUE
+from bench.sass.program import TRUE, ZERO, Operand
 
 ONES = np.uint64(0xFFFFFFFF)
 SHIFT = np.uint64(32)
@@ -61,13 +61,13 @@ def special(x: Execution) -> None:
     x.write(0, values[x.ins.operands[1].text])
 
 
-@executes("IMAD", "UIMAD", modifiers="MOV SHL IADD U32 X WIDE")
+@executes("IMAD", "UIMAD", modifiers="MOV SHL IADD U32 X WIDE HI")
 def multiply_add(x: Execution) -> None:
-    """a * b + c; WIDE: with a product and a sum of 64 bits."""
+    """a * b + c; WIDE: with a product and a sum of 64 bits; HI: the upper word of the product."""
     carries = x.leading_predicates(1)
     at = 1 + carries
     a, b = x.integer(at), x.integer(at + 1)
-    if not x.has("WIDE"):
+    if not (x.has("WIDE") or x.has("HI")):
         if carries:
             raise x.ins.refuse()
         result = a * b + x.integer(at + 2)
@@ -80,6 +80,10 @@ def multiply_add(x: Execution) -> None:
         product = wide(a) * wide(b)
     else:
         product = (as_signed(a).astype(np.int64) * as_signed(b).astype(np.int64)).view(np.uint64)
+    if x.has("HI"):
+        if carries or x.has("WIDE") or x.ins.operands[at + 2] != Operand("R", ZERO):
+            raise x.ins.refuse()
+        return x.write(0, high(product))
     total = product + x.pair(at + 2)
     x.write_pair(0, total)
     if carries:
@@ -122,9 +126,12 @@ def ordered(x: Execution, value: np.ndarray) -> np.ndarray:
 
 @executes("VIMNMX", "IMNMX", modifiers="U32")
 def minimum_or_maximum(x: Execution) -> None:
-    """The smaller where the predicate holds, else the larger."""
-    a, b = ordered(x, x.integer(1)), ordered(x, x.integer(2))
-    x.write(0, np.where(x.predicate(3), np.minimum(a, b), np.maximum(a, b)))
+    """The smaller where the predicate holds, else the larger. Which one it was is never asked here."""
+    at = 1 + x.leading_predicates(1)
+    if any(op.index != TRUE or op.negative for op in x.ins.operands[1:at]):
+        raise x.ins.refuse()
+    a, b = ordered(x, x.integer(at)), ordered(x, x.integer(at + 1))
+    x.write(0, np.where(x.predicate(at + 2), np.minimum(a, b), np.maximum(a, b)))
 
 
 @executes("VIADDMNMX", modifiers="U32")

@@ -15,14 +15,18 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # enum class X : int is one, too.
 SCALARS = {
-    "bool": "?", "int8_t": "b", "int": "i", "int32_t": "i", "uint32_t": "I", "int64_t": "q", "uint64_t": "Q",
+    "bool": "?", "int8_t": "b", "int16_t": "h", "int": "i", "int32_t": "i", "uint32_t": "I", "int64_t": "q", "uint64_t": "Q",
     "float": "f", "double": "d", "AverageStorage": "i", "Forward": "i",
 }  # fmt: skip
 
 
+class MissingValue(Exception):
+    """What a kernel needs and this package has no value for, or the headers no longer have."""
+
+
 @dataclass(frozen=True)
 class Field:
-    """A member of a struct: a type, a name and, for an array, the template parameter that is its length."""
+    """A member of a struct: a type, a name and, for an array, its length as it is written."""
 
     type: str
     name: str
@@ -31,7 +35,7 @@ class Field:
 
 @cache
 def _headers() -> str:
-    paths = [CSRC / "average.h", *sorted((CSRC / "cuda").glob("*.*h"))]
+    paths = [CSRC / "average.h", CSRC / "tensor_table.h", *sorted((CSRC / "cuda").glob("*.*h"))]
     return re.sub(r"//[^\n]*", "", "\n".join(path.read_text() for path in paths))
 
 
@@ -46,13 +50,24 @@ def fields_of(name: str) -> list[Field]:
             continue
         kind, names = re.fullmatch(r"((?:const )?[\w:]+(?:<.*>)?\s?\**)\s?(.+)", line).groups()
         for declared in names.split(","):
-            member, count = re.fullmatch(r"\s*(\w+)(?:\[(\w+)\])?\s*", declared).groups()
+            member, count = re.fullmatch(r"\s*(\w+)(?:\[([^\]]+)\])?\s*", declared).groups()
             fields.append(Field("pointer" if "*" in kind else kind.strip(), member, count))
     return fields
 
 
-class MissingValue(Exception):
-    """A field of a struct for which no value is known."""
+@cache
+def constant(name: str) -> int:
+    """A constant of the headers, which may be given as a macro."""
+    found = re.search(rf"(?:\b{name} =|#define {name}) (\w+)", _headers())
+    if found is None:
+        raise MissingValue(f"the headers of csrc/cuda have no constant {name} (any more)")
+    return int(found[1]) if found[1].isdigit() else constant(found[1])
+
+
+def length(text: str, constants: dict[str, int]) -> int:
+    """The length of an array: a sum of numbers, template parameters and constants."""
+    parts = [part.strip() for part in text.split("+")]
+    return sum(int(part) if part.isdigit() else constants.get(part) or constant(part) for part in parts)
 
 
 class Parameters:
@@ -78,8 +93,8 @@ class Parameters:
                 raise MissingValue(f"{name} has a field {field.name} without a value: bench/sass/calls.py")
             value = values.get(field.name, values)
             items = value if field.count else [value]
-            if field.count and len(items) != constants[field.count]:
-                raise MissingValue(f"{name}.{field.name} takes {constants[field.count]} values")
+            if field.count and len(items) != length(field.count, constants or {}):
+                raise MissingValue(f"{name}.{field.name} takes {length(field.count, constants or {})} values")
             for item in items:
                 if field.type == "pointer":
                     self.scalar("Q", item)

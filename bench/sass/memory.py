@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bench.sass.machine import SHARED_BYTES, WARP, BadAccess, Execution, as_words, executes
+from bench.sass.machine import SHARED_BYTES, WARP, BadAccess, Execution, as_signed, as_words, executes
 
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 # What decides about caches and order, and nothing about values.
@@ -30,26 +30,30 @@ def source_bytes(x: Execution, i: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(words).view(np.uint8)[:, :width]
 
 
+def extended(x: Execution, words: list[np.ndarray]) -> list[np.ndarray]:
+    """What a load of less than a word gives: its upper bits are those of the sign, or zeros."""
+    bits = {"S8": np.uint32(24), "S16": np.uint32(16)}
+    shift = next((bits[name] for name in x.ins.modifiers if name in bits), None)
+    return words if shift is None else [(as_signed(words[0] << shift) >> shift.view(np.int32)).view(np.uint32)]
+
+
 def write_loaded(x: Execution, data: np.ndarray) -> None:
     """The result of a load from rows of bytes, one for each active thread."""
-    signed = next((name for name in x.ins.modifiers if name in ("S8", "S16")), None)
-    if signed:
-        raise x.ins.refuse()
     full = []
-    for word in as_words(data):
+    for word in extended(x, as_words(data)):
         spread = x.full(0)
         spread[x.mask] = word
         full.append(spread)
     x.write(0, *full)
 
 
-@executes("LDC", "ULDC", "LDCU", modifiers="U8 U16 64 128")
+@executes("LDC", "ULDC", "LDCU", modifiers="U8 S8 U16 S16 64 128")
 def load_constant(x: Execution) -> None:
     """From the parameters."""
     op = x.ins.operands[1]
     if op.kind != "c" or op.negative or op.absolute or op.inverted:
         raise x.ins.refuse()
-    x.write(0, *x.constant(op, width_of(x)))
+    x.write(0, *extended(x, x.constant(op, width_of(x))))
 
 
 def shared_index(x: Execution, i: int, width: int) -> np.ndarray:
@@ -60,7 +64,7 @@ def shared_index(x: Execution, i: int, width: int) -> np.ndarray:
     return addresses.astype(np.int64)[:, None] + np.arange(width)
 
 
-@executes("LDS", modifiers="U8 U16 64 128")
+@executes("LDS", modifiers="U8 S8 U16 S16 64 128")
 def load_shared(x: Execution) -> None:
     """From shared memory."""
     write_loaded(x, x.block.shared[shared_index(x, 1, width_of(x))])
@@ -73,7 +77,7 @@ def store_shared(x: Execution) -> None:
     x.block.shared[shared_index(x, 0, width)] = source_bytes(x, 1, width)
 
 
-@executes("LDG", modifiers=f"U8 U16 64 128 {HINTS}")
+@executes("LDG", modifiers=f"U8 S8 U16 S16 64 128 {HINTS}")
 def load_global(x: Execution) -> None:
     """From global memory."""
     write_loaded(x, x.block.memory.load(x.addresses(1)[x.mask], width_of(x)))
