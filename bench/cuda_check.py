@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "fsam_ext/_C_cuda.abi3.so"
-KERNELS = ROOT / "csrc/cuda/kernels.cuh"
+WALK = ROOT / "csrc/cuda/walk.cuh"
 
 SIZES = {"double": 8, "float": 4, "fsam::bfloat16": 2, "fsam::half": 2, "signed char": 1, "void": 0}
 THREADS_PER_BLOCK = 256
@@ -111,10 +111,9 @@ class Kernel:
 
     @property
     def bytes_in_flight_per_thread(self) -> int:
-        """What a thread requests before it waits: kInFlight groups of 16 bytes' worth of parameters."""
-        parameters = 16
-        if self.arguments[0] == "double":
-            parameters = 4 if self.op == "restore_adam" else 8
+        """What a thread requests before it waits: kInFlight (Adam: two) groups of 16 bytes' worth of parameters."""
+        storage = SIZES[self.arguments[0]]
+        parameters = 32 // storage if self.op == "restore_adam" else 8 if storage == 8 else 16
         return parameters * self.loaded_bytes_per_parameter
 
     @property
@@ -149,10 +148,10 @@ def missing_tools() -> str | None:
 
 
 def main_loop_lines() -> set[int]:
-    """The lines of kernels.cuh through which the main loops of `walk` and `walk_together` reach memory."""
-    lines = KERNELS.read_text().splitlines()
+    """The lines of walk.cuh through which its main loop reaches memory."""
+    lines = WALK.read_text().splitlines()
     found = {number for number, text in enumerate(lines, 1) if "Whole{}" in text}
-    assert len(found) == 4, "kernels.cuh: expected one load and one finish of each main loop"
+    assert len(found) == 2, "walk.cuh: expected one load and one finish of the main loop"
     return found
 
 
@@ -180,7 +179,7 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
             arch, name, int(value["REG"]), int(value["STACK"]), int(value["LOCAL"]), int(value["SHARED"])
         )
     lines, kernel, in_main_loop = main_loop_lines(), None, False
-    source = re.compile(r'kernels\.cuh", line (\d+)')
+    source = re.compile(r'walk\.cuh", line (\d+)')
     access = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?((?:LDG|STG|LDL|STL)\b\S*)")
     fresh = True
     for line in _run(find_tool("nvdisasm"), "-c", "-gi", cubin).splitlines():
@@ -322,7 +321,7 @@ def main() -> None:
     for kernel in sorted(read_library(library), key=lambda k: (int(k.arch), k.name)):
         wide = sum(".128" in access for access in kernel.main_loop)
         line = f"{kernel.arch:>4} {kernel.registers:4} {kernel.stack:5} {kernel.spills:6} "
-        if kernel.op == "sum_slots":
+        if kernel.op in ("sum_slots", "count_steps"):
             line += " " * 32
         else:
             needed = GPUS[kernel.arch].bytes_in_flight_per_sm if kernel.arch in GPUS else float("nan")

@@ -213,10 +213,9 @@ FSAM_FN BiasCorrection<S> bias_correction(double lr, double beta1, double beta2,
   return {S(lr / (1.0 - ::pow(beta1, step))), S(::sqrt(1.0 - ::pow(beta2, step)))};
 }
 
-// torch.optim.Adam, and AdamW where `decoupled`.
+// torch.optim.Adam, and AdamW where `decoupled`: first the moments and the decay of the weight, which is returned.
 template <class V, class S>
-FSAM_FN V adam(V w, V scaled_g, V& exp_avg, V& exp_avg_sq, const AdamScalars<S>& s,
-               const BiasCorrection<S>& correction) {
+FSAM_FN V adam_moments(V w, V scaled_g, V& exp_avg, V& exp_avg_sq, const AdamScalars<S>& s) {
   V g = scaled_g * s.inverse_scale;
   if (s.maximize) g = -g;
   if (s.decoupled) {
@@ -226,8 +225,38 @@ FSAM_FN V adam(V w, V scaled_g, V& exp_avg, V& exp_avg_sq, const AdamScalars<S>&
   }
   exp_avg = exp_avg + s.one_minus_beta1 * (g - exp_avg);
   exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * (g * g);
-  const V denominator = square_root(exp_avg_sq) / correction.sqrt_second + s.eps;
-  return w - correction.step_size * (exp_avg / denominator);
+  return w;
+}
+
+// How the step divides, for backends that have more than one way to the same bits.
+struct PlainDivision {
+  template <class V>
+  FSAM_FN V root(V x) const {
+    return square_root(x);
+  }
+  template <class V, class S>
+  FSAM_FN V corrected(V root, S sqrt_second) const {
+    return root / sqrt_second;
+  }
+  template <class V>
+  FSAM_FN V quotient(V a, V b) const {
+    return a / b;
+  }
+};
+
+// Then the step.
+template <class V, class S, class Division>
+FSAM_FN V adam_step(V w, V exp_avg, V exp_avg_sq, S eps, const BiasCorrection<S>& correction,
+                    const Division& division) {
+  const V denominator = division.corrected(division.root(exp_avg_sq), correction.sqrt_second) + eps;
+  return w - correction.step_size * division.quotient(exp_avg, denominator);
+}
+
+template <class V, class S>
+FSAM_FN V adam(V w, V scaled_g, V& exp_avg, V& exp_avg_sq, const AdamScalars<S>& s,
+               const BiasCorrection<S>& correction) {
+  w = adam_moments(w, scaled_g, exp_avg, exp_avg_sq, s);
+  return adam_step(w, exp_avg, exp_avg_sq, s.eps, correction, PlainDivision{});
 }
 
 }  // namespace fsam
