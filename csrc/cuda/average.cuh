@@ -38,7 +38,7 @@ __device__ __forceinline__ compute_t<T> average_at(const AveragePack<T, M>& x, i
   if constexpr (is_quantized<M>) {
     return widen(x.v.v[j]) * x.scale;
   } else if constexpr (has_average<M>) {
-    return widen(x.v.v[j]);
+    return widen_at(x.v, j);
   } else {
     return 0;
   }

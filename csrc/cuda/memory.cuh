@@ -81,6 +81,17 @@ template <class E, int kCount>
 struct alignas(alignment(int(sizeof(E)) * kCount)) Pack {
   E v[kCount];
 };
+// The element j of a pack in the type of the arithmetic; of two bfloat16 in a word at the price of one instruction.
+template <class E, int kCount>
+__device__ __forceinline__ auto widen_at(const Pack<E, kCount>& x, int j) {
+  return widen(x.v[j]);
+}
+template <int kCount>
+__device__ __forceinline__ float widen_at(const Pack<bfloat16, kCount>& x, int j) {
+  uint32_t word;
+  memcpy(&word, &x.v[j & ~1], sizeof word);
+  return float_of(j % 2 == 0 ? word << 16 : word & 0xffff0000u);
+}
 // What moves a pack at once. Only averages that are narrower than the arithmetic fill less than 16 bytes.
 template <int kBytes>
 struct WordOf {

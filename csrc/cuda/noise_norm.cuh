@@ -34,18 +34,31 @@ struct NoiseNorm {
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int, const Loaded& x) {
+    // What is the same for a group is decided once: most have no unset average and no gradient that is not finite.
+    const auto gradient = [&](int j) { return widen_at(x.g, j) * s.inverse_scale; };
+    S probe(0);  // NaN where an average is
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) probe = probe + average_at<T, M>(x.ema, j);
+    const bool set = !s.updated && !is_nan(probe);
     AscentScalars<S> scalars = s;
     scalars.adaptive = kAdaptive;
-    for_flag(has_average<M> && s.updated, [&](bool updated) {
-      scalars.updated = updated;
+    for_flag(!has_average<M> || set, [&](auto known_set) {
+      constexpr bool kSet = decltype(known_set)::value;
+      if constexpr (kSet) scalars.updated = false;
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
         if (!access.has(j)) continue;
         S weight(0);
-        if constexpr (kAdaptive) weight = widen(x.w.v[j]);
-        accumulate<has_average<M>>(sums, weight, S(widen(x.g.v[j])), average_at<T, M>(x.ema, j), scalars);
+        if constexpr (kAdaptive) weight = widen_at(x.w, j);
+        accumulate_products<has_average<M>, kSet>(sums, weight, gradient(j), average_at<T, M>(x.ema, j), scalars);
       }
     });
+    if (!is_finite(sums.grad_sq)) {
+#pragma unroll
+      for (int j = 0; j < kGroup<T>; ++j) {
+        if (access.has(j)) count_nonfinite(sums, gradient(j));
+      }
+    }
   }
   // The sums of the piece, which start anew.
   __device__ __forceinline__ void end_piece() {
@@ -59,9 +72,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) * (kAda
     noise_norm_kernel(const Rows __grid_constant__ table, const NoiseNormArguments<compute_t<T>> a) {
   using S = compute_t<T>;
   using Scalars = AscentScalars<S>;
-  using BlockSums = WarpSums<kStatistics, S>;
+  using PassSums = BlockSums<kStatistics, S>;
   CUDA_SHARED(Scalars, scalars);
-  CUDA_SHARED(BlockSums, block_sums);
+  CUDA_SHARED(PassSums, block_sums);
   const Piece piece = piece_of(table, threadIdx.x / kWarp);
   const T* w = static_cast<const T*>(table.param[piece.row]) + piece.begin;
   const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;

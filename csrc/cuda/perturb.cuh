@@ -70,12 +70,12 @@ struct Perturb {
     Pack<T, kGroup<T>> after;
     S fresh[kGroup<T>], intended[kGroup<T>];
     AscentScalars<S> scalars = s;
-    for_flag(s.adaptive, [&](bool adaptive) {
-      scalars.adaptive = adaptive;
+    for_flag(s.adaptive, [&](auto adaptive) {
+      scalars.adaptive = decltype(adaptive)::value;
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
-        const S start = widen(x.w.v[j]);
-        const S gradient = widen(x.g.v[j]) * s.inverse_scale;
+        const S start = widen_at(x.w, j);
+        const S gradient = widen_at(x.g, j) * s.inverse_scale;
         const S average = average_at<T, M>(x.ema, j);
         intended[j] = perturbation(start, noise<has_average<M>>(gradient, average, scalars), scalars);
         narrow(start + intended[j], after.v[j]);
@@ -86,7 +86,7 @@ struct Perturb {
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
         if (!access.has(j)) continue;
-        S before = widen(x.w.v[j]);
+        S before = widen_at(x.w, j);
         if constexpr (kMaster) {
           T low;
           narrow(before, low);
@@ -112,10 +112,10 @@ __global__ void __launch_bounds__(kThreads,
     perturb_kernel(const Rows __grid_constant__ table, const PerturbArguments<T> a) {
   using S = compute_t<T>;
   using Scalars = AscentScalars<S>;
-  using BlockSums = WarpSums<kEffect, S>;
+  using PassSums = BlockSums<kEffect, S>;
   CUDA_SHARED(Scalars, scalars);
   CUDA_SHARED(bool, finite);
-  CUDA_SHARED(BlockSums, block_sums);
+  CUDA_SHARED(PassSums, block_sums);
   const Piece piece = piece_of(table, threadIdx.x / kWarp);
   const int64_t in_buffer = table.offset[piece.row] + piece.begin;
   T* w = static_cast<T*>(table.param[piece.row]) + piece.begin;

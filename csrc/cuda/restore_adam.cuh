@@ -43,11 +43,11 @@ struct RestoreAdam : NoSums {
     S updated[kGroup<T>];
     bool fits = division.usable;
     AdamScalars<S> scalars = s;
-    for_flag(s.decoupled, [&](bool decoupled) {
-      scalars.decoupled = decoupled;
+    for_flag(s.decoupled, [&](auto decoupled) {
+      scalars.decoupled = decltype(decoupled)::value;
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
-        updated[j] = adam_moments(S(widen(x.w.v[j])), S(widen(x.g.v[j])), x.exp_avg.v[j], x.exp_avg_sq.v[j], scalars);
+        updated[j] = adam_moments(S(widen_at(x.w, j)), S(widen_at(x.g, j)), x.exp_avg.v[j], x.exp_avg_sq.v[j], scalars);
         fits &= division.fits(x.exp_avg.v[j], x.exp_avg_sq.v[j]);
       }
     });

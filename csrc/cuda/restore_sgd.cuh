@@ -36,7 +36,7 @@ struct RestoreSgd : NoSums {
     for (int j = 0; j < kGroup<T>; ++j) {
       S buffer(0);
       if constexpr (kMomentum) buffer = x.momentum_buffer.v[j];
-      updated[j] = sgd<kMomentum>(S(widen(x.w.v[j])), S(widen(x.g.v[j])), buffer, s);
+      updated[j] = sgd<kMomentum>(S(widen_at(x.w, j)), S(widen_at(x.g, j)), buffer, s);
       if constexpr (kMomentum) x.momentum_buffer.v[j] = buffer;
     }
     weights.store(access, beyond, updated);

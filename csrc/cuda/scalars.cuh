@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../formulas.h"
 #include "arguments.h"
 
@@ -19,13 +21,13 @@ __device__ __forceinline__ bool skips(const Arguments& a) {
   return (a.stats != nullptr && !is_finite(a.stats[0])) || value_of(a.found_inf) != 0;
 }
 
-// Calls body(true) or body(false), compiled for each: one branch for a group of elements in the place of one for each.
+// Calls body(true_type) or body(false_type): one branch for a group of elements in the place of one for each.
 template <class Body>
 __device__ __forceinline__ void for_flag(bool flag, const Body& body) {
   if (flag) {
-    body(true);
+    body(std::true_type{});
   } else {
-    body(false);
+    body(std::false_type{});
   }
 }
 

@@ -39,7 +39,7 @@ constexpr int64_t kBlocksToSpare = FSAM_BLOCKS_TO_SPARE;
 //
 // The search for a block's row waits for each look into the table. The hints cut it short: large rows hold most blocks,
 // so between two of kHints equally distant blocks there are few rows to choose from.
-constexpr int kHints = 32;
+constexpr int kHints = 128;
 
 template <int kRows>
 struct Table {
@@ -100,9 +100,9 @@ __device__ __forceinline__ Piece piece_of(const Rows& table, int warp) {
   const int extent = table.span * int(kChunk);
   const int64_t begin = int64_t(block - table.first_block[row]) * extent + warp * kPiece;
   const int64_t left = table.numel[row] - begin;
-  if (left <= 0) return {row, 0, 0, true};
-  int n = left < extent ? int(left) : extent;
-  const int over = n % int(kChunk) - kPiece;  // what belongs to other warps
+  const int some = left < extent ? int(left) : extent;  // negative where the row ends before this warp's first piece
+  const int n = some < 0 ? 0 : some;
+  const int over = (n & int(kChunk - 1)) - kPiece;  // what belongs to other warps
   return {row, begin, over > 0 ? n - over : n, true};
 }
 

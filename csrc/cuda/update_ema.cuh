@@ -31,7 +31,7 @@ struct UpdateEma : NoSums {
     S fresh[kGroup<T>];
 #pragma unroll
     for (int j = 0; j < kGroup<T>; ++j) {
-      fresh[j] = fed(average_at<T, M>(x.ema, j), S(widen(x.g.v[j])), s.inverse_scale, s.lmbda, s.one_minus_lmbda);
+      fresh[j] = fed(average_at<T, M>(x.ema, j), S(widen_at(x.g, j)), s.inverse_scale, s.lmbda, s.one_minus_lmbda);
     }
     store_average<T, M>(access, ema, beyond, fresh);
   }

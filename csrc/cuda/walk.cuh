@@ -66,7 +66,7 @@ __device__ __forceinline__ bool walk(const Piece& piece, bool aligned, Work& wor
   work.move(mine);
   const auto in_round = [&](int k) { return kTogether ? at < whole : at + mine + k * kStride < whole; };
   const auto advance = [&](int by) {
-    if (piece.large && (at + by) % int(kChunk) == kPiece) {
+    if (piece.large && ((at + by) & int(kChunk - 1)) == kPiece) {
       by += int(kChunk) - kPiece;
       if (at + by < piece.n) work.end_piece();
     }
