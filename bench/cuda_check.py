@@ -84,10 +84,9 @@ class Kernel:
 
     @property
     def bytes_in_flight_per_thread(self) -> int:
-        """What a thread requests before it waits: kInFlight groups of 16 bytes' worth of parameters."""
-        parameters = 16
-        if self.arguments[0] == "double":
-            parameters = 4 if self.op == "restore_adam" else 8
+        """What a thread requests before it waits: kInFlight (Adam: two) groups of 16 bytes' worth of parameters."""
+        storage = SIZES[self.arguments[0]]
+        parameters = 32 // storage if self.op == "restore_adam" else 8 if storage == 8 else 16
         return parameters * self.loaded_bytes_per_parameter
 
     @property
@@ -171,13 +170,14 @@ def print_kernels(library: Path) -> None:
 
 def print_figures(found: list[figures.Figures]) -> None:
     """What the default call of each op executes: see bench/sass/figures.py, and NOTE [cycles] in its timeline.py."""
-    print("\nExecuted by a block amid a long row, in lane instructions a parameter (count_steps: a tensor), and modelled "
-          f"cycles of the block:\n{'sm':>4} {'dtype':>5} {'model':>11} {'all':>6} {'in loop':>7} {'bytes':>5} "
-          f"{'narrow':>6} {'before first load':>17} {'cycles':>6} {'barrier at':>10} {'end':>5}  op")  # fmt: skip
+    print("\nExecuted by a block amid a long row: lane instructions a parameter (count_steps: a tensor) and bytes in the "
+          "main loop;\ninstructions and modelled cycles before the first load, cycles until a barrier before it and "
+          f"until the end:\n{'sm':>4} {'dtype':>5} {'model':>11} {'all':>6} {'loop':>6} {'bytes':>5} {'narrow':>6} "
+          f"{'before':>6} {'cycles':>6} {'barrier':>7} {'end':>6}  op")  # fmt: skip
     for f in found:
-        print(f"{f.arch:>4} {f.dtype:>5} {f.model.name:>11} {f.per_parameter:6.1f} {f.main_loop:7.1f} {f.moved_bytes:5.0f} "
-              f"{f.narrow:6} {f.before_first_load:17} {f.cycles.first_load or '-':>6} {f.cycles.barrier or '-':>10} "
-              f"{f.cycles.end:5}  {f.op}")  # fmt: skip
+        print(f"{f.arch:>4} {f.dtype:>5} {f.model.name:>11} {f.per_parameter:6.1f} {f.main_loop:6.1f} "
+              f"{f.moved_bytes:5.0f} {f.narrow:6} {f.before_first_load:6} {f.cycles.first_load or '-':>6} "
+              f"{f.cycles.barrier or '-':>7} {f.cycles.end:6}  {f.op}")  # fmt: skip
 
 
 def main() -> None:

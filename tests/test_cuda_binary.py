@@ -16,10 +16,10 @@ from fsam_ext import _library, ops
 
 LIBRARY = _library.LIBRARY_DIR / "_C_cuda.abi3.so"
 ARCHITECTURES = {"75", "80", "86", "89", "90", "100", "120"}
-# Two sizes of table; norm (plain, adaptive), perturbation, average, restore, SGD, Adam: for float64, for float32
-# (averages of three types, or none), for each 16-bit type (masters, too); a sum_slots for each of the four, and a
-# count_steps for each type of arithmetic.
-KERNELS = 2 * ((4 + 2 + 1 + 1 + 2 + 1) + (8 + 4 + 3 + 1 + 2 + 1) + 2 * (8 + 8 + 3 + 2 + 4 + 2)) + 4 + 2
+# Three sizes of table; norm (plain, adaptive), perturbation, average, restore, SGD, Adam: for float64, for float32
+# (averages of three types, or none), for each 16-bit type (masters, too); a sum_slots for each of the four;
+# and a count_steps for each type of state.
+KERNELS = 3 * ((4 + 2 + 1 + 1 + 2 + 1) + (8 + 4 + 3 + 1 + 2 + 1) + 2 * (8 + 8 + 3 + 2 + 4 + 2)) + 4 + 2
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library was not built")
 

@@ -14,7 +14,7 @@ from torch import nn
 from fsam_ext import FriendlySAM
 from fsam_ext.backends import resolve
 
-from .cuda_problem import DTYPES, KINDS, SIZES, Problem, bits, same_bits
+from .cuda_problem import DTYPES, KINDS, PLAIN, SIZES, STORED, Problem, bits, same_bits, same_values_on_and_off_bounds
 
 pytestmark = pytest.mark.gpu
 
@@ -73,6 +73,26 @@ class TestSameBitsAsCpu:
             pytest.skip("pow() of the bias correction may differ in its last bit, which float64 keeps")
         run = lambda problem, backend: problem.adam(backend)  # noqa: E731
         assert_same_bits_as_cpu(cuda, cpu, run, dtype, SIZES, shift)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype, stored", [*PLAIN, *STORED])
+@pytest.mark.parametrize("op", [Problem.perturb, Problem.update_ema], ids=["perturb", "update_ema"])
+def test_averages_have_the_same_bits_as_on_the_cpu(cuda, cpu, op, dtype, stored, shift):
+    assert_same_bits_as_cpu(cuda, cpu, op, dtype, SIZES, shift, stored=stored)
+
+
+@pytest.mark.parametrize("dtype, stored", [*PLAIN, *STORED])
+def test_norm_does_not_depend_on_alignment(cuda, dtype, stored):
+    aligned, shifted = same_values_on_and_off_bounds(dtype, stored, device="cuda")
+    assert torch.equal(bits(aligned.noise_norm(cuda)), bits(shifted.noise_norm(cuda)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adam_with_moments_of_every_kind(cuda, cpu, dtype):
+    """The division of a group: csrc/cuda/divide.cuh."""
+    run = lambda problem, backend: problem.adam_of_hard_cases(backend)  # noqa: E731
+    assert_same_bits_as_cpu(cuda, cpu, run, dtype, [1 << 22])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,8 +15,8 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # enum class X : int is one, too.
 SCALARS = {
-    "bool": "?", "int8_t": "b", "int16_t": "h", "int": "i", "int32_t": "i", "uint32_t": "I", "int64_t": "q", "uint64_t": "Q",
-    "float": "f", "double": "d", "AverageStorage": "i", "Forward": "i",
+    "bool": "?", "int8_t": "b", "int16_t": "h", "int32_t": "i", "int64_t": "q", "int": "i", "uint32_t": "I",
+    "uint64_t": "Q", "float": "f", "double": "d", "AverageStorage": "i", "Forward": "i",
 }  # fmt: skip
 
 

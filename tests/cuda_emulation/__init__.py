@@ -38,7 +38,8 @@ def _build(output: str, sources: list[str], link: str, sanitize: bool) -> Path:
     flags = (
         f"-std=c++20 {mode} {setup.NUMERICS} -Wall -Wextra -Wno-unknown-pragmas "
         f"-fno-strict-aliasing -fPIC -fvisibility=hidden -pthread {setup.TARGET} -DCUDA_EMULATED "
-        f"-DFSAM_NAMESPACE={NAMESPACE} -I{setup.quote(HERE / 'include')} -isystem {setup.quote(torch.include)}"
+        f"-DFSAM_NAMESPACE={NAMESPACE} -DFSAM_BLOCKS_TO_SPARE=4 "
+        f"-I{setup.quote(HERE / 'include')} -isystem {setup.quote(torch.include)}"
     )
     ninja = setup.NinjaFile(directory)
     ninja.rule("cxx", f"{compiler} {flags} -MD -MF $out.d -x c++ -c $in -o $out", depfile=True)
@@ -59,9 +60,9 @@ def build(sanitize: bool = False) -> Path:
     return _build("fsam_ext_emulated.so", sources, link, sanitize)
 
 
-def build_planted_bugs(sanitize: bool = False) -> Path:
-    """Builds the program of planted_bugs.cu and returns its path."""
-    return _build("planted_bugs", ["tests/cuda_emulation/planted_bugs.cu"], "", sanitize)
+def build_program(name: str, sanitize: bool = False) -> Path:
+    """Builds a program of this folder (planted_bugs, division) and returns its path."""
+    return _build(name, [f"tests/cuda_emulation/{name}.cu"], "", sanitize)
 
 
 @functools.cache
