@@ -170,7 +170,7 @@ def print_kernels(library: Path) -> None:
 
 def print_figures(found: list[figures.Figures]) -> None:
     """What the default call of each op executes: see bench/sass/figures.py, and NOTE [cycles] in its timeline.py."""
-    print("\nExecuted by a block amid a long row: lane instructions a parameter (count_steps: a tensor) and bytes in the "
+    print("\nExecuted by a block amid a long row: lane instructions a parameter (count_steps: a tensor), bytes in the "
           "main loop;\ninstructions and modelled cycles before the first load, cycles until a barrier before it and "
           f"until the end:\n{'sm':>4} {'dtype':>5} {'model':>11} {'all':>6} {'loop':>6} {'bytes':>5} {'narrow':>6} "
           f"{'before':>6} {'cycles':>6} {'barrier':>7} {'end':>6}  op")  # fmt: skip

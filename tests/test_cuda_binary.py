@@ -149,8 +149,11 @@ def test_executed_main_loops_move_16_bytes_at_once(executed):
 
 
 def test_no_pass_is_near_the_issue_limit(executed):
-    """Half of what there is time for on an H200 at 4.3 TB/s: NOTE [issue limit] in bench/gpu_model.py."""
-    passes = [figure for figure in executed if figure.op in gpu_model.MOVED]
+    """Half of what there is time for on an H200 at 4.3 TB/s: NOTE [issue limit] in bench/gpu_model.py.
+
+    For models that are large enough for several chunks a block: the others are no matter of throughput.
+    """
+    passes = [figure for figure in executed if figure.op in gpu_model.MOVED and figure.model.span > 1]
     limits = {
         str(figure): gpu_model.H200.issue_limit(gpu_model.bytes_per_parameter(figure.op, figure.dtype), 4.3e12) / 2
         for figure in passes

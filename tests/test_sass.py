@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench.sass import binary, calls, figures, floats, layout, machine, walk
+from bench.sass import binary, calls, figures, floats, layout, machine, timeline, walk
 from bench.sass.machine import Block, Memory
-from bench.sass.program import Program, UnknownInstruction, parse
+from bench.sass.program import Control, Program, UnknownInstruction, parse
 from bench.sass.walk import Deadlock, Walk
 from fsam_ext.backends import resolve
 
@@ -23,8 +23,9 @@ from . import cuda_emulation
 from .cuda_problem import Problem, bits, same_bits
 from .sass_problem import execute
 
-# A warp's rows and a block's, ends inside of groups and pieces, two chunks.
-SIZES = [7, 33, 2048, 0, 4097]
+# A warp's rows and a block's (two of them, so that a block has to look for its row), ends inside of groups and pieces,
+# two chunks.
+SIZES = [7, 33, 2048, 0, 2500, 4097]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RUNS = {
     "perturb": Problem.perturb, "restore": Problem.restore, "restore_sgd": Problem.sgd,
@@ -200,14 +201,14 @@ def test_rounding_twice_is_something_else():
 
 
 def program_of(*lines: str) -> Program:
-    """A program of instructions, each with a stall of one cycle."""
+    """A program of instructions that stall for one cycle, set no scoreboard and wait for none."""
     text = []
     for number, line in enumerate(lines):
         if line.endswith(":"):
             text.append(line)
             continue
         address = 16 * sum(not before.endswith(":") for before in lines[:number])
-        text += [f"/*{address:04x}*/ {line} ; /* 0x{0:016x} */", f"/* 0x{0x003FC200 << 32:016x} */"]
+        text += [f"/*{address:04x}*/ {line} ; /* 0x{0:016x} */", f"/* 0x{1 << 41 | 7 << 46 | 7 << 49:016x} */"]
     return parse("written by hand", "90", text, lambda line: False)
 
 
@@ -278,6 +279,17 @@ def test_shuffles_take_from_lanes_that_take_part():
             "SHFL.BFLY PT, R1, R0, 0x8, 0x1f",
             "EXIT",
         )
+
+
+def test_cycles_follow_the_stalls_and_scoreboards_of_the_encoding():
+    program = program_of("LDC R1, c[0x0][0x0]", "MOV R2, R1", "BAR.SYNC 0x0", "EXIT")
+    for index, control in enumerate([Control(2, 3, 7, 0), Control(4, 7, 7, 1 << 3), Control(1, 7, 7, 0)]):
+        program.instruction(index)
+        program._parsed[index] = replace(program.instruction(index), control=control)
+    issued = Walk(program, Block(64, 0, {0: bytes(64)}, Memory())).run().issued
+    found = timeline.timeline([issued[0], issued[1][1:]])  # the second warp does not load
+    assert found.barrier == timeline.LATENCY["LDC"] + 4 + 1  # the first one waits for its load, and is the last to come
+    assert found.end == found.barrier + timeline.BARRIER + 1
 
 
 # ---- Parameters
