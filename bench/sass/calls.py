@@ -148,11 +148,16 @@ def capacity_of(name: str) -> int:
 
 @dataclass(frozen=True)
 class Model:
-    """What a call goes over: a block is looked at that lies in a long row, behind shorter ones."""
+    """The sizes of a call's rows, and the row of which a block is looked at."""
 
     name: str
-    rows: int
-    chunks: int
+    sizes: tuple[int, ...]
+    row: int = 0
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks its rows have."""
+        return sum(-(-size // CHUNK) for size in self.sizes)
 
     @property
     def span(self) -> int:
@@ -160,12 +165,17 @@ class Model:
         return span_of(self.chunks)
 
 
+_WIDTH = 768
+_LAYER = (
+    *(_WIDTH, _WIDTH, 3 * _WIDTH**2, 3 * _WIDTH, _WIDTH**2, _WIDTH),  # norm, attention
+    *(_WIDTH, _WIDTH, 4 * _WIDTH**2, 4 * _WIDTH, 4 * _WIDTH**2, _WIDTH),  # norm, two linear layers
+)
 MODELS = [
-    Model("100M, flat", 1, 24_000),
-    Model("10M, flat", 1, 2_400),
-    Model("GPT-2", 148, 30_400),
+    Model("100M, flat", (100_000_000,)),
+    Model("10M, flat", (10_000_000,)),
+    Model("GPT-2", (50257 * _WIDTH, 1024 * _WIDTH, *12 * _LAYER, _WIDTH, _WIDTH), 2 + 6 * len(_LAYER) + 8),
 ]
-BLOCK = 5  # of the long row: neither its first nor its last one
+BLOCK = 5  # of the row: neither its first nor its last one
 
 
 def default_block(kernel: Kernel, dtype: str, entry: Entry, model: Model) -> Block:
@@ -180,7 +190,7 @@ def default_block(kernel: Kernel, dtype: str, entry: Entry, model: Model) -> Blo
 
     param, grad, backup = (window(dtype, fill) for fill in (1.0, 0.5, 1.25))
     ema, first, second = (window("fp32", fill) for fill in (0.25, 0.5, 0.0625))
-    corrections = np.tile(np.array([1e-3, 0.5], np.float32), (max(model.rows, kernel.threads), 1))
+    corrections = np.tile(np.array([1e-3, 0.5], np.float32), (max(len(model.sizes), kernel.threads), 1))
     values = {
         "ema": average(ema), "backup": backup, "momentum_buffer": first, "exp_avg": first, "exp_avg_sq": second,
         "stats": memory.place(np.array([7.0, 0, 0, 0, 0])), "corrections": memory.place(corrections),
@@ -190,8 +200,8 @@ def default_block(kernel: Kernel, dtype: str, entry: Entry, model: Model) -> Blo
     }  # fmt: skip
     if kernel.op == "restore_adam":
         values |= {"weight_decay": 1e-2, "eps": 1e-8}
-    before = model.rows - 1
-    rows = [Row(0, 0, CHUNK, 0, i) for i in range(before)]
-    rows.append(Row(param, grad, CHUNK * (model.chunks - before), 0, before))
-    rows = table(rows, capacity_of(entry.shown), model.span)[0] if kernel.has_table else {}
-    return block_of(kernel, entry, rows, values, memory, before + BLOCK if kernel.has_table else 0)
+    if not kernel.has_table:
+        return block_of(kernel, entry, {}, values, memory, 0)
+    rows = [Row(param, grad, size, 0, i) for i, size in enumerate(model.sizes)]
+    filled, _ = table(rows, capacity_of(entry.shown), model.span)
+    return block_of(kernel, entry, filled, values, memory, filled["first_block"][filled["id"].index(model.row)] + BLOCK)

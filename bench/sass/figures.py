@@ -110,8 +110,8 @@ def programs(cubin: Path, dtype: str, rows: int = 1) -> list[tuple[Kernel, binar
 def _of_cubin(task: tuple[Path, str]) -> list[Figures]:
     cubin, dtype = task
     found = []
-    for rows in sorted({model.rows for model in MODELS}):
-        models = [model for model in MODELS if model.rows == rows]
+    for rows in sorted({len(model.sizes) for model in MODELS}):
+        models = [model for model in MODELS if len(model.sizes) == rows]
         for kernel, entry, program in programs(cubin, dtype, rows):
             for model in models if kernel.has_table else models[:1]:
                 walk = Walk(program, calls.default_block(kernel, dtype, entry, model)).run()
