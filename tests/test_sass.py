@@ -138,7 +138,8 @@ def results(programs, dtype: str, op: str) -> list[torch.Tensor]:
 
 
 @needs_binary
-def test_a_wrong_semantics_of_any_instruction_is_noticed(programs, monkeypatch):
+def test_a_wrong_semantics_of_any_instruction_is_noticed(all_programs, monkeypatch):
+    programs = all_programs["90"]
     noticed, executed = set(), set()
     for dtype, op in (("bf16", "perturb"), ("fp32", "restore_adam"), ("fp32", "noise_norm"), ("fp32", "restore")):
         right_results = results(programs, dtype, op)
@@ -267,6 +268,19 @@ def test_memory_that_was_not_given_is_no_memory():
             Walk(program_of(*lines), Block(32, 0, {0: b""}, memory)).run()
 
 
+def test_the_smaller_and_the_larger_number():
+    walked = run(
+        "MOV R0, 0xffffffff",
+        "VIMNMX R1, R0, 0x4, PT",
+        "VIMNMX R2, R0, 0x4, !PT",
+        "VIMNMX.U32 R3, R0, 0x4, PT",
+        "VIMNMX.U32 R4, PT, PT, R0, 0x4, !PT",
+        "VIADDMNMX R5, R0, 0x7, 0x4, !PT",
+        "EXIT",
+    )
+    assert walked.block.R[1:6, 0].tolist() == [0xFFFFFFFF, 4, 4, 0xFFFFFFFF, 6]
+
+
 def test_shuffles_take_from_lanes_that_take_part():
     assert run("S2R R0, SR_TID.X", "SHFL.BFLY PT, R1, R0, 0x4, 0x1f", "EXIT").block.R[1].tolist() == [
         lane ^ 4 for lane in range(32)
@@ -297,7 +311,7 @@ def test_cycles_follow_the_stalls_and_scoreboards_of_the_encoding():
 
 @needs_binary
 def test_changed_structs_are_noticed(all_programs, monkeypatch):
-    kernel, entry, _ = all_programs["90"]["fp32", "restore_adam"]
+    kernel, entry, _ = next(iter(all_programs.values()))["fp32", "restore_adam"]
     calls.default_block(kernel, "fp32", entry, calls.MODELS[0])
     with pytest.raises(calls.ChangedParameters, match="restore_adam: .* bytes of parameters from the headers"):
         calls.default_block(kernel, "fp32", replace(entry, parameter_bytes=entry.parameter_bytes + 8), calls.MODELS[0])
