@@ -25,6 +25,9 @@ __device__ __forceinline__ float seen(float weight, Forward forward) {
   return weight;
 }
 
+template <class T>
+constexpr int kPerturbInFlight = sizeof(T) == 8 ? 2 : kInFlight<T>;
+
 template <class T, class M, bool kMaster>
 struct Perturb {
   using S = compute_t<T>;
@@ -68,21 +71,22 @@ struct Perturb {
   __device__ __forceinline__ void finish(Access access, int beyond, Loaded& x) {
     if constexpr (!kMaster) access.template store<Reuse::late>(backup + beyond, x.w);
     Pack<T, kGroup<T>> after;
-    S fresh[kGroup<T>], intended[kGroup<T>];
+    S fresh[kGroup<T>];
+    const auto gradient = [&](int j) { return widen_at(x.g, j) * s.inverse_scale; };
+    const auto intended = [&](int j, const AscentScalars<S>& how) {
+      return perturbation(S(widen_at(x.w, j)), noise<has_average<M>>(gradient(j), average_at<T, M>(x.ema, j), how),
+                          how);
+    };
     AscentScalars<S> scalars = s;
     for_flag(s.adaptive, [&](auto adaptive) {
       scalars.adaptive = decltype(adaptive)::value;
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
-        const S start = widen_at(x.w, j);
-        const S gradient = widen_at(x.g, j) * s.inverse_scale;
-        const S average = average_at<T, M>(x.ema, j);
-        intended[j] = perturbation(start, noise<has_average<M>>(gradient, average, scalars), scalars);
-        narrow(start + intended[j], after.v[j]);
-        fresh[j] = ema_update(average, gradient, s.lmbda, s.one_minus_lmbda);
+        narrow(widen_at(x.w, j) + intended(j, scalars), after.v[j]);
+        fresh[j] = ema_update(average_at<T, M>(x.ema, j), gradient(j), s.lmbda, s.one_minus_lmbda);
       }
     });
-    if (measures) {
+    if (measures) {  // a rare call computes the perturbation twice, or the others would keep registers for it
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
         if (!access.has(j)) continue;
@@ -92,7 +96,7 @@ struct Perturb {
           narrow(before, low);
           before = widen(low);
         }
-        accumulate(effect, seen(S(widen(after.v[j])), forward) - seen(before, forward), intended[j]);
+        accumulate(effect, seen(S(widen(after.v[j])), forward) - seen(before, forward), intended(j, s));
       }
     }
     access.template store<Reuse::soon>(w + beyond, after);
@@ -107,8 +111,8 @@ struct Perturb {
 };
 
 template <class T, class M, bool kMaster, class Rows>
-__global__ void __launch_bounds__(kThreads,
-                                  kBlocksFor<T, (kMaster ? 4 : int(sizeof(T))) + int(sizeof(T)) + kBytesOf<M>>)
+__global__ void __launch_bounds__(
+    kThreads, kBlocksFor<T, (kMaster ? 4 : int(sizeof(T))) + int(sizeof(T)) + kBytesOf<M>, is_quantized<M>>)
     perturb_kernel(const Rows __grid_constant__ table, const PerturbArguments<T> a) {
   using S = compute_t<T>;
   using Scalars = AscentScalars<S>;
@@ -138,7 +142,8 @@ __global__ void __launch_bounds__(kThreads,
     walked.s.updated = a.updated;
     return finite;
   };
-  const bool perturbed = walk_averages<T, M>(piece, is_aligned(w, g, ema.data, backup, master), work, ready);
+  const bool perturbed =
+      walk_averages<T, M, kPerturbInFlight<T>>(piece, is_aligned(w, g, ema.data, backup, master), work, ready);
   if (!perturbed && !kMaster) copy<T, T>(piece, w, backup);
   if (measures) {
     const Effect<S>& sums = work.effect;
