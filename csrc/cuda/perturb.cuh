@@ -71,22 +71,21 @@ struct Perturb {
   __device__ __forceinline__ void finish(Access access, int beyond, Loaded& x) {
     if constexpr (!kMaster) access.template store<Reuse::late>(backup + beyond, x.w);
     Pack<T, kGroup<T>> after;
-    S fresh[kGroup<T>];
-    const auto gradient = [&](int j) { return widen_at(x.g, j) * s.inverse_scale; };
-    const auto intended = [&](int j, const AscentScalars<S>& how) {
-      return perturbation(S(widen_at(x.w, j)), noise<has_average<M>>(gradient(j), average_at<T, M>(x.ema, j), how),
-                          how);
-    };
+    S fresh[kGroup<T>], intended[kGroup<T>];
     AscentScalars<S> scalars = s;
     for_flag(s.adaptive, [&](auto adaptive) {
       scalars.adaptive = decltype(adaptive)::value;
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
-        narrow(widen_at(x.w, j) + intended(j, scalars), after.v[j]);
-        fresh[j] = ema_update(average_at<T, M>(x.ema, j), gradient(j), s.lmbda, s.one_minus_lmbda);
+        const S start = widen_at(x.w, j);
+        const S gradient = widen_at(x.g, j) * s.inverse_scale;
+        const S average = average_at<T, M>(x.ema, j);
+        intended[j] = perturbation(start, noise<has_average<M>>(gradient, average, scalars), scalars);
+        narrow(start + intended[j], after.v[j]);
+        fresh[j] = ema_update(average, gradient, s.lmbda, s.one_minus_lmbda);
       }
     });
-    if (measures) {  // a rare call computes the perturbation twice, or the others would keep registers for it
+    if (measures) {
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
         if (!access.has(j)) continue;
@@ -96,7 +95,7 @@ struct Perturb {
           narrow(before, low);
           before = widen(low);
         }
-        accumulate(effect, seen(S(widen(after.v[j])), forward) - seen(before, forward), intended(j, s));
+        accumulate(effect, seen(S(widen(after.v[j])), forward) - seen(before, forward), intended[j]);
       }
     }
     access.template store<Reuse::soon>(w + beyond, after);
