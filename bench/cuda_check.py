@@ -84,9 +84,10 @@ class Kernel:
 
     @property
     def bytes_in_flight_per_thread(self) -> int:
-        """What a thread requests before it waits: kInFlight (Adam: two) groups of 16 bytes' worth of parameters."""
-        storage = SIZES[self.arguments[0]]
-        parameters = 32 // storage if self.op == "restore_adam" else 8 if storage == 8 else 16
+        """What a thread requests before it waits: 16 parameters, half of that of float64 and for Adam."""
+        double = self.arguments[0] == "double"
+        halved = self.op == "restore_adam" or (double and self.op == "perturb")
+        parameters = (8 if double else 16) // (2 if halved else 1)
         return parameters * self.loaded_bytes_per_parameter
 
     @property

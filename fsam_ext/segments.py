@@ -120,7 +120,7 @@ class Segment:
         self.effect: Tensor | None = None
         self._versions: list[int] | None = None
         others = sorted(set(range(len(params))).difference(firsts))
-        self._members = torch.tensor([index[i] for i in [*firsts, *others]], dtype=torch.int64, device=flat.device)
+        self._members = _positions([index[i] for i in [*firsts, *others]], flat.device)
         self._corrections = torch.empty(len(firsts), 2, dtype=flat.state_dtype, device=flat.device)
 
     def current_grads(self, params: Sequence[Tensor]) -> Sequence[Tensor] | None:
@@ -213,6 +213,13 @@ class Segment:
         """Undoes :func:`count_steps`, for an update that was refused."""
         steps = self.flat.buffers["step"]
         steps.index_add_(0, self._members, guards.applied(steps).expand(len(self._members)), alpha=-1)
+
+
+def _positions(index: list[int], device: torch.device) -> Tensor:
+    """An int64 tensor; of consecutive positions without a copy to the device, which a graph could not capture."""
+    if index == list(range(index[0], index[0] + len(index))):
+        return torch.arange(index[0], index[0] + len(index), device=device)
+    return torch.tensor(index, dtype=torch.int64, device=device)
 
 
 def _are_flattened(params: Sequence[Tensor]) -> bool:

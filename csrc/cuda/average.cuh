@@ -77,9 +77,9 @@ __device__ __forceinline__ void store_average(Access access, const AveragePlace<
 }
 
 // Walks with work that loads and stores an average of type M.
-template <class T, class M, class Work, class Ready>
+template <class T, class M, int kGroups = kInFlight<T>, class Work, class Ready>
 __device__ __forceinline__ bool walk_averages(const Piece& piece, bool aligned, Work& work, const Ready& ready) {
-  return walk<T, kInFlight<T>, is_quantized<M>>(piece, aligned, work, ready);
+  return walk<T, kGroups, is_quantized<M>>(piece, aligned, work, ready);
 }
 
 }  // namespace fsam::cuda

@@ -67,7 +67,7 @@ __device__ __forceinline__ void narrow(float x, half& to) {
 // A lane takes as many parameters at once as fill 16 bytes, the widest access there is, and their
 // fp32 state with one or two more. A lane has the loads of kInFlight groups under way before it uses
 // the first: 16 parameters (8 of fp64) keep enough bytes in flight at an occupancy of a quarter. Adam, with four
-// operands, takes two groups of any type.
+// operands, takes half of that, and so does pass B on fp64.
 constexpr int kAccess = 16;
 template <class T>
 constexpr int kGroup = kAccess / int(sizeof(T));

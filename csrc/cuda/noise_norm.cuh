@@ -68,7 +68,8 @@ struct NoiseNorm {
 };
 
 template <class T, class M, bool kAdaptive, class Rows>
-__global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) * (kAdaptive ? 2 : 1) + kBytesOf<M>>)
+__global__ void __launch_bounds__(kThreads,
+                                  kBlocksFor<T, int(sizeof(T)) * (kAdaptive ? 2 : 1) + kBytesOf<M>, is_quantized<M>>)
     noise_norm_kernel(const Rows __grid_constant__ table, const NoiseNormArguments<compute_t<T>> a) {
   using S = compute_t<T>;
   using Scalars = AscentScalars<S>;

@@ -25,6 +25,9 @@ __device__ __forceinline__ float seen(float weight, Forward forward) {
   return weight;
 }
 
+template <class T>
+constexpr int kPerturbInFlight = sizeof(T) == 8 ? 2 : kInFlight<T>;
+
 template <class T, class M, bool kMaster>
 struct Perturb {
   using S = compute_t<T>;
@@ -107,8 +110,8 @@ struct Perturb {
 };
 
 template <class T, class M, bool kMaster, class Rows>
-__global__ void __launch_bounds__(kThreads,
-                                  kBlocksFor<T, (kMaster ? 4 : int(sizeof(T))) + int(sizeof(T)) + kBytesOf<M>>)
+__global__ void __launch_bounds__(
+    kThreads, kBlocksFor<T, (kMaster ? 4 : int(sizeof(T))) + int(sizeof(T)) + kBytesOf<M>, is_quantized<M>>)
     perturb_kernel(const Rows __grid_constant__ table, const PerturbArguments<T> a) {
   using S = compute_t<T>;
   using Scalars = AscentScalars<S>;
@@ -138,7 +141,8 @@ __global__ void __launch_bounds__(kThreads,
     walked.s.updated = a.updated;
     return finite;
   };
-  const bool perturbed = walk_averages<T, M>(piece, is_aligned(w, g, ema.data, backup, master), work, ready);
+  const bool perturbed =
+      walk_averages<T, M, kPerturbInFlight<T>>(piece, is_aligned(w, g, ema.data, backup, master), work, ready);
   if (!perturbed && !kMaster) copy<T, T>(piece, w, backup);
   if (measures) {
     const Effect<S>& sums = work.effect;

@@ -6,8 +6,9 @@
 
 namespace fsam::cuda {
 
-// Four operands, of which two groups each are as many bytes as four of the other passes' two or three.
-constexpr int kAdamInFlight = 2;
+// Four operands: eight parameters of each (four of fp64) are as many bytes as sixteen of the other passes' two.
+template <class T>
+constexpr int kAdamInFlight = sizeof(T) == 2 ? 1 : 2;
 
 template <class T, bool kMaster>
 struct RestoreAdam : NoSums {
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     return !prologue.skip;
   };
   const bool aligned = weights.aligned() && is_aligned(g, exp_avg, exp_avg_sq);
-  if (!walk<T, kAdamInFlight>(piece, aligned, work, ready)) {
+  if (!walk<T, kAdamInFlight<T>>(piece, aligned, work, ready)) {
     restore<T, kMaster>(piece, weights.w, a.update.backup == nullptr ? nullptr : weights.from, weights.master);
   }
 }

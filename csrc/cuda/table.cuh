@@ -21,10 +21,11 @@ constexpr int kPiece = int(kChunk) / kWarps;
 constexpr int kWarpRow = 2048;
 
 // NOTE [several chunks a block]
-// What a block does once (find its row, wait for its scalars, fill and drain) is an eighth of the work of one chunk.
-// Where a call has chunks to spare, a block takes up to kMaxSpan consecutive ones of its row, and each warp its piece
-// of each. Chunks are spare as long as kBlocksToSpare blocks are left, four times as many as the largest GPU holds at
-// once: with fewer, multiprocessors would idle while the last blocks end. No sum depends on it.
+// What a block does once (find its row, wait for its scalars, fill and drain) is a quarter of the instructions of one
+// chunk and a twentieth of those of eight. Where a call has chunks to spare, a block takes up to kMaxSpan consecutive
+// ones of its row, and each warp its piece of each. Chunks are spare as long as kBlocksToSpare blocks are left, several
+// times as many as a GPU holds at once: with fewer, multiprocessors would idle while the last blocks end. No sum
+// depends on it.
 #ifndef FSAM_BLOCKS_TO_SPARE  // the emulation has none to spare: its tensors are small
 #define FSAM_BLOCKS_TO_SPARE 2048
 #endif

@@ -38,7 +38,7 @@ struct UpdateEma : NoSums {
 };
 
 template <class T, class M, class Rows>
-__global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) + kBytesOf<M>>)
+__global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) + kBytesOf<M>, is_quantized<M>>)
     update_ema_kernel(const Rows __grid_constant__ table, const UpdateEmaArguments a) {
   using S = compute_t<T>;
   using Scalars = AscentScalars<S>;

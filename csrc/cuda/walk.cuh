@@ -7,24 +7,23 @@
 namespace fsam::cuda {
 
 // NOTE [blocks on a multiprocessor]
-// Memory is busy while enough bytes are under way (bench/cuda_check.py, NOTE [bytes in flight]): the figures are those
-// that CUB keeps in flight for its transforms. A pass that reads few bytes for each parameter needs more threads for
-// that, so it is compiled for as many blocks as it takes, at least two: that leaves 128 registers a thread. It is also
-// why ASAM's norm, which reads the weights as well, is a kernel of its own: the registers for them would cost the
-// others their blocks.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
-constexpr int kBytesInFlight = 64 * 1024;  // B200
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr int kBytesInFlight = 48 * 1024;  // H200; an H100 needs 32
+// Memory is busy while enough bytes are under way: what CUB keeps for its transforms is 32 KiB a multiprocessor on an
+// H100, 48 on an H200, 64 on a B200 and 16 on an A100. A pass that reads few bytes for each parameter needs more
+// threads for that, so it is compiled for as many blocks as it takes, at least two: that leaves 128 registers a thread.
+// On a B200, too, these are 48 KiB: 64 would leave 32 registers to the norm of 16-bit gradients, which then spills.
+// Where lanes share scales, a block less leaves the registers for that. This is also why ASAM's norm, which reads the
+// weights as well, is a kernel of its own: the registers for them would cost the others their blocks.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+constexpr int kBytesInFlight = 48 * 1024;
 #else
 constexpr int kBytesInFlight = 16 * 1024;
 #endif
 constexpr int kBlocksPerSm = 2;
 
-template <class T, int kBytesPerParameter>
+template <class T, int kBytesPerParameter, bool kTogether = false>
 constexpr int kBlocksFor = []() {
   constexpr int kBytes = kThreads * kGroup<T> * kInFlight<T> * kBytesPerParameter;
-  constexpr int kNeeded = (kBytesInFlight + kBytes - 1) / kBytes;
+  constexpr int kNeeded = (kBytesInFlight + kBytes - 1) / kBytes - (kTogether ? 1 : 0);
   return kNeeded < kBlocksPerSm ? kBlocksPerSm : kNeeded;
 }();
 template <class M>
