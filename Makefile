@@ -18,12 +18,14 @@ CONSTRAINTS := $(VENV)/constraints.txt
 # Always run: ninja knows what there is to do.
 BUILD       := $(PY) setup.py -q build_ext
 SANITIZED   := build/sanitize
-CPP          = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# Tests run on one thread each, so as many processes share them as there are processors.
+PARALLEL    := -n auto --dist loadgroup
+CPP          = $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint format bench bench-full cuda-check gpu-check sanitize wheel clean FORCE
+.PHONY: help demo test house build lint format bench bench-full cuda-check gpu-check sanitize wheel clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -34,7 +36,12 @@ demo: $(VENV)/.extra-demo ## train on Fashion-MNIST: plain, SAM and F-SAM
 
 test: $(VENV)/.extra-dev ## run the tests
 	$(BUILD) --inplace
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(PARALLEL) --durations=10 $(ARGS)
+
+house: $(VENV)/.extra-dev ## the plan of the package in figures, and an interrupt at every line of every kind of step (ten minutes)
+	$(BUILD) --inplace
+	$(PY) -m tests.house
+	$(PY) -m tests.interrupts $(ARGS)
 
 build: $(VENV)/.extra-build ## build the extension in the source tree
 	$(BUILD) --inplace
@@ -56,11 +63,11 @@ bench: $(VENV)/.extra-bench ## compare with every peer; rows go to bench/results
 bench-full: ## every combination; may take an hour
 	$(MAKE) bench ARGS="--full $(ARGS)"
 
-cuda-check: $(VENV)/.extra-dev ## registers, spills and vector width of every CUDA kernel and architecture
+cuda-check: $(VENV)/.extra-dev ## registers, spills, vector width and executed instructions of the CUDA kernels
 	FSAM_CUDA=1 $(BUILD) --inplace
 	$(PY) bench/cuda_check.py $(ARGS)
 
-gpu-check: ## on a GPU, with torch installed already: tests, sanitizer and benchmark there
+gpu-check: ## on a GPU, with torch installed already: tests, bandwidth, steps, counters, sanitizers, within nine minutes
 	$(PYTHON) bench/gpu_check.py $(ARGS)
 
 # The sanitizers' runtimes have to be loaded before Python's own libraries. libstdc++ comes with them: they look for
@@ -71,7 +78,7 @@ sanitize: $(VENV)/.extra-dev ## run the conformance tests under AddressSanitizer
 	preload=$$(ldd $(SANITIZED)/fsam_ext/_C.abi3.so | awk '/lib(asan|ubsan|stdc)/ {printf "%s ", $$3}') && \
 	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	FSAM_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/fsam_ext \
-	$(PY) -m pytest --capture=sys -k "cpu-" tests/test_conformance.py $(ARGS)
+	$(PY) -m pytest $(PARALLEL) --capture=sys -k "cpu-" tests/test_conformance.py $(ARGS)
 
 wheel: $(VENV)/.extra-build ## a wheel and an sdist in dist/
 	rm -rf build/lib.* build/bdist.* dist

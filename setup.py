@@ -28,7 +28,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
 OLDEST_NVCC = (12, 1)  # the first with 32,764 bytes of kernel parameters
-DEFAULT_CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+# GPUs of 8.9 run what is compiled for 8.6, as they do in torch's own wheels: a seventh less to build and to ship.
+DEFAULT_CUDA_ARCHITECTURES = ("75", "80", "86", "90", "100", "120")
 
 # The leaf loops are compiled once per ISA and chosen at run time. -mfma is left out on purpose and
 # contraction is off everywhere, so that every ISA rounds alike and gives the same bits; it costs

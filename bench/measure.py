@@ -1,4 +1,4 @@
-"""How things are measured: alternately, with quantiles, next to the memory bus; and what a step allocates and calls.
+"""What is measured: alternately, with quantiles, next to the memory bus; and what a step allocates and calls.
 
 NOTE [alternate, then compare pairs]
 A machine's speed drifts: other jobs, clocks, temperature. Providers therefore run in turn, A B C A B C, and a ratio is
@@ -18,6 +18,11 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import gpu
+from bench.clocks import DeviceClock, HostClock, clock_for
+
+__all__ = ["DeviceClock", "HostClock", "clock_for"]  # with everything below: what is measured is asked for in one place
 
 Sample = dict[str, float]
 
@@ -50,38 +55,57 @@ def quantiles(samples: Sequence[float]) -> Quantiles:
     return Quantiles(at(0.5), at(0.2), at(0.8), len(ordered))
 
 
-# ---- Clocks --------------------------------------------------------------------------------------------------------
+# ---- Rounds --------------------------------------------------------------------------------------------------------
 
 
-class HostClock:
-    """Seconds of a call that has finished when it returns; ``now`` is the clock that all share."""
+def alternate(
+    candidates: dict[str, Callable[[], Sample]],
+    seconds: float,
+    min_rounds: int = 3,
+    max_rounds: int = 200,
+    after_round: Callable[[], None] = lambda: None,
+    failures: dict[str, str] | None = None,
+) -> list[dict[str, Sample]]:
+    """Runs the candidates in turn until the time is used up; returns what each one reported, round by round.
 
-    now: Callable[[], float] = time.perf_counter
-
-    def seconds(self, call: Callable[[], None]) -> float:
-        now = HostClock.now
-        start = now()
-        call()
-        return now() - start
-
-
-class DeviceClock:
-    """Seconds between two events on the device's stream, around a call that only queues work.
-
-    The device is idle before the call, so the time holds the launches too where they are the slower part.
+    Args:
+        candidates: name -> a call that runs once and returns what it measured. Warmed up by the caller.
+        seconds: no round starts after this time, once there are ``min_rounds``.
+        failures: gets the reason of a candidate that raises, which takes no part from then on and in no round; without
+            it the error goes on.
     """
+    candidates = dict(candidates)
+    rounds: list[dict[str, Sample]] = []
+    start = time.perf_counter()
+    while len(rounds) < max_rounds and (len(rounds) < min_rounds or time.perf_counter() - start < seconds):
+        record: dict[str, Sample] = {}
+        for name, call in list(candidates.items()):
+            try:
+                record[name] = call()
+            except Exception as error:
+                if failures is None:
+                    raise
+                failures[name] = reason_of(error)
+                del candidates[name]
+        rounds.append(record)
+        after_round()
+    return [{name: sample for name, sample in record.items() if name in candidates} for record in rounds]
 
-    def __init__(self) -> None:
-        self._start = torch.cuda.Event(enable_timing=True)
-        self._stop = torch.cuda.Event(enable_timing=True)
 
-    def seconds(self, call: Callable[[], None]) -> float:
-        torch.cuda.synchronize()
-        self._start.record()
-        call()
-        self._stop.record()
-        self._stop.synchronize()
-        return self._start.elapsed_time(self._stop) * 1e-3
+def reason_of(error: Exception) -> str:
+    """One line."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def values(rounds: Sequence[dict[str, Sample]], name: str, metric: str) -> list[float]:
+    """One candidate's metric over the rounds in which it took part."""
+    return [record[name][metric] for record in rounds if name in record]
+
+
+def paired_ratios(rounds: Sequence[dict[str, Sample]], name: str, other: str, metric: str = "step") -> list[float]:
+    """The other's time over this one's, in each round in which both took part: above 1 this one is faster."""
+    return [record[other][metric] / record[name][metric] for record in rounds if name in record and other in record]
 
 
 @contextmanager
@@ -94,44 +118,6 @@ def busy_processes(count: int) -> Iterator[None]:
         for other in others:
             other.kill()
             other.wait()
-
-
-def clock_for(device: torch.device) -> HostClock | DeviceClock:
-    return DeviceClock() if device.type == "cuda" else HostClock()
-
-
-# ---- Rounds --------------------------------------------------------------------------------------------------------
-
-
-def alternate(
-    candidates: dict[str, Callable[[], Sample]],
-    seconds: float,
-    min_rounds: int = 3,
-    max_rounds: int = 200,
-    after_round: Callable[[], None] = lambda: None,
-) -> list[dict[str, Sample]]:
-    """Runs the candidates in turn until the time is used up; returns what each one reported, round by round.
-
-    Args:
-        candidates: name -> a call that runs once and returns what it measured. Warmed up by the caller.
-        seconds: no round starts after this time, once there are ``min_rounds``.
-    """
-    rounds: list[dict[str, Sample]] = []
-    start = time.perf_counter()
-    while len(rounds) < max_rounds and (len(rounds) < min_rounds or time.perf_counter() - start < seconds):
-        rounds.append({name: call() for name, call in candidates.items()})
-        after_round()
-    return rounds
-
-
-def values(rounds: Sequence[dict[str, Sample]], name: str, metric: str) -> list[float]:
-    """One candidate's metric over the rounds in which it took part."""
-    return [record[name][metric] for record in rounds if name in record]
-
-
-def paired_ratios(rounds: Sequence[dict[str, Sample]], name: str, other: str, metric: str = "step") -> list[float]:
-    """The other's time over this one's, in each round in which both took part: above 1 this one is faster."""
-    return [record[other][metric] / record[name][metric] for record in rounds if name in record and other in record]
 
 
 # ---- The memory bus ------------------------------------------------------------------------------------------------
@@ -152,8 +138,8 @@ class Triad:
         numel = max(1, min(nbytes // 4, self.LARGEST))
         # Filled, so that every page is there before it is measured, on the thread that will use it.
         self.a, self.b, self.c = (torch.full((numel,), value, device=device) for value in (0.0, 1.0, 2.0))
-        self.bytes = numel * 4 * (3 if device.type == "cuda" else 4)
-        self._clock = clock_for(device)
+        self.bytes = numel * 4 * (3 if gpu.serves(device) else 4)
+        self._clock = clock_for(device, flush=True)
 
     def __call__(self) -> Sample:
         seconds = self._clock.seconds(lambda: torch.add(self.b, self.c, alpha=0.5, out=self.a))
@@ -198,7 +184,7 @@ def memory_of(calls: Sequence[Callable[[], None]], device: torch.device) -> list
     On a CPU the end of memory that was there before the first call is not seen (nor is any scratch of the host's own
     libraries), so a step has to be given twice, and the second one counts.
     """
-    if device.type == "cuda":
+    if gpu.serves(device):
         return [_memory_on_cuda(call) for call in calls]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         for call in calls:

@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from rows import Row, default_path, read
-from workloads import WORKLOADS, scaling
+
+# This checkout's package, wherever the command is called from and whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.rows import Row, default_path, read
+from bench.workloads import TRAININGS, WORKLOADS, scaling
 
 # The order of importance, which is the order of bars and columns. Colours stay with a provider in all plots.
 COLORS = {
     "official": "#7f7f7f",
     "pytorch_optimizer": "#c49c94",
     "pytorch_optimizer default": "#e0c9c4",
+    "pytorch_optimizer graph": "#9c7a73",
     "foreach": "#ffbb78",
+    "foreach graph": "#e377c2",
     "compiled": "#ff7f0e",
+    "compiled graph": "#8c564b",
     "fsam_ext": "#1f77b4",
     "fsam_ext flat": "#08306b",
     "fsam_ext graph": "#2ca02c",
     "fsam_ext flat graph": "#145214",
     "fsam_ext triton": "#9467bd",
+    "fsam_ext triton graph": "#5e3c99",
     "fsam_ext reference": "#c5b0d5",
     "fsam_ext int8": "#6baed6",
     "fsam_ext masters": "#41ab5d",
     "fsam_ext masters, bf16": "#78c679",
     "fsam_ext masters, int8": "#addd8e",
     "sam": "#98df8a",
+    "sam by hand": "#b5cf6b",
     "base": "#d9d9d9",
+    "plain": "#f0f0f0",
 }
 PEERS = ("official", "pytorch_optimizer", "foreach", "compiled")
 OURS = ("fsam_ext", "fsam_ext flat")
+# Beside them on a GPU.
+PEERS_AS_GRAPHS = ("pytorch_optimizer graph", "foreach graph", "compiled graph")
+OURS_AS_GRAPHS = ("fsam_ext graph", "fsam_ext flat graph")
 # Not what is compared: other work, or the tests' own oracle.
-UNPLOTTED = ("official", "base", "sam", "fsam_ext reference")
+UNPLOTTED = ("official", "base", "plain", "sam", "sam by hand", "fsam_ext reference")
 
 
 class Figures:
@@ -194,7 +208,7 @@ def growth(figures: Figures, plt):
 
 
 def _limit(figures: Figures, workload: str, numel: int) -> float | None:
-    from providers import bytes_per_parameter
+    from bench.peers import bytes_per_parameter
 
     triad = figures.get("triad", workload, "bus")
     return numel * bytes_per_parameter(torch.float32, "sgd") / triad.median / 1e6 if triad else None
@@ -211,16 +225,19 @@ def table(rows: list[Row]) -> str:
     """Markdown: a line for each optimizer workload in fp32 with SGD, ours against every peer."""
     device = "cuda" if any(row.device == "cuda" and row.median is not None for row in rows) else "cpu"
     figures = Figures(rows, device)
-    head = ["workload", "official", *(f"{name}" for name in (*PEERS[1:], *OURS)), "of the memory bus"]
+    others = (*PEERS[1:], *OURS)
+    if device == "cuda":
+        others = (*PEERS[1:], *PEERS_AS_GRAPHS, *OURS, *OURS_AS_GRAPHS)
+    head = ["workload", "official", *others, "of the memory bus"]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     measured = [case for case in figures.cases("step") if case[1:] == ("fp32", "sgd")]
     for workload, dtype, base in measured:
         official = figures.get("official", workload, "step", dtype, base)
         cells = [WORKLOADS[workload].title, _duration(official.median) if official else "-"]
-        for name in (*PEERS[1:], *OURS):
+        for name in others:
             row = figures.get(name, workload, "speedup_over official", dtype, base)
             text = f"{row.median:.3g}x" if row else "-"
-            cells.append(f"**{text}**" if row and name in OURS else text)
+            cells.append(f"**{text}**" if row and name in (*OURS, *OURS_AS_GRAPHS) else text)
         fractions = [figures.get(name, workload, "bus_fraction", dtype, base) for name in OURS]
         known = [f"{row.median:.2f}" if row else "-" for row in fractions]
         cells.append(" / ".join(known))
@@ -230,9 +247,40 @@ def table(rows: list[Row]) -> str:
     caption = (
         "Time of the official sequence, and how many times faster each one is (median over alternating rounds; SGD "
         "with momentum, fp32, the optimizer part of a step). Last column: the bytes that F-SAM must move over the "
-        f"time, as a fraction of a triad's rate, not flattened / flattened. {_caption(figures)}."
+        f"time, as a fraction of a triad's rate, not flattened / flattened. {GPU_TIMES if device == 'cuda' else ''}"
+        f"{_caption(figures)}."
     )
     return "\n".join([*lines, "", caption])
+
+
+GPU_TIMES = (
+    "Time of the device: everything was queued ahead, and the L2 overwritten before each half of a step. The official "
+    "sequence cannot be captured as a graph, since each step gives the weights another memory. "
+)
+
+
+def training_table(rows: list[Row]) -> str:
+    """Markdown: a line for each training workload, everyone's whole step over plain training's."""
+    device = "cuda" if any(row.device == "cuda" and row.metric == "cost_over_plain" for row in rows) else "cpu"
+    figures = Figures(rows, device)
+    names = ("base", "sam by hand", *PEERS, *OURS, "fsam_ext triton")
+    lines = ["| workload | plain | " + " | ".join(names) + " |", "|---|---:" + "|---:" * len(names) + "|"]
+    for work in TRAININGS.values():
+        plain = figures.get("plain", work.name, "step", work.dtype, work.base)
+        if plain is None:
+            continue
+        cells = [work.title, _duration(plain.median)]
+        for name in names:
+            row = figures.get(name, work.name, "cost_over_plain", work.dtype, work.base)
+            cells.append((f"**{row.median:.3g}x**" if name in OURS else f"{row.median:.3g}x") if row else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    if len(lines) == 2:
+        raise ValueError("there are no rows of plain training; run bench/run.py --workloads train_gpt first")
+    caption = (
+        "Whole training steps: the time of plain training, which makes one forward-backward, and everyone's over it "
+        "(median over alternating rounds). `base` makes two forward-backwards and perturbs nothing."
+    )
+    return "\n".join([*lines, "", f"{caption} {_caption(figures)}."])
 
 
 def footprint_table(rows: list[Row]) -> str:
@@ -257,7 +305,7 @@ def footprint_table(rows: list[Row]) -> str:
 
 
 # What can stand between two marker lines of a page, by the name in the markers.
-TABLES = {"bench": table, "footprint": footprint_table}
+TABLES = {"bench": table, "training": training_table, "footprint": footprint_table}
 
 
 def put_between_markers(text: str, name: str, content: str) -> str:

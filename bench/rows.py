@@ -110,8 +110,13 @@ def stamp(device: torch.device) -> dict[str, str | int]:
 
 def default_path(device: torch.device) -> Path:
     """One file for each machine, so that results of different machines stand side by side."""
-    slug = re.sub(r"[^a-z0-9]+", "-", machine(device).lower()).strip("-")
-    return RESULTS / f"{slug}.csv"
+    return RESULTS / file_name(machine(device))
+
+
+def file_name(machine: str) -> str:
+    """What the file of a machine is called."""
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    return f"{slug}.csv"
 
 
 def read(path: Path) -> list[Row]:

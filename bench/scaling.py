@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from measure import HostClock, Triad, quantiles
-from plots import put_between_markers
-from rows import stamp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+# This checkout's package, wherever the command is called from and whatever is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.measure import HostClock, Triad, quantiles
+from bench.plots import put_between_markers
+from bench.rows import stamp
 from fsam_ext import FriendlySAM
-from fsam_ext.flat_state import ALIGNMENT_BYTES
+from fsam_ext.state.flat_state import ALIGNMENT_BYTES
 
 LAYERS = 24
 WIDTHS = (256, 512, 1024)
@@ -122,7 +126,9 @@ def on_rank(rank: int, ranks: int, rounds: int, store: str, answer: str) -> None
             optimizer = optimizer_of(width, base)
             optimizer.first_step()
             optimizer.second_step()
-            nbytes = sum(buffer.nbytes for flat in optimizer._flats.values() for buffer in flat.buffers.values())
+            nbytes = sum(
+                buffer.nbytes for flat in optimizer._passes.layout.flats.values() for buffer in flat.buffers.values()
+            )
             share = parameters(width) / ranks
             # The bus, under the same conditions: all ranks at once, over as many bytes as the step touches.
             triad = Triad((int(2 * 4 * share) + nbytes) // 3, torch.device("cpu"))

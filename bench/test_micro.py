@@ -10,9 +10,12 @@ import gc
 
 import pytest
 import torch
-from providers import BASES, all_providers
-from run import Runner
-from workloads import WORKLOADS
+
+from bench.cases import ONLY_IN_TRAINING
+from bench.peers import BASES
+from bench.providers import all_providers
+from bench.steps import Runner
+from bench.workloads import WORKLOADS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROVIDERS = all_providers(DEVICE)
@@ -20,7 +23,8 @@ DTYPE = torch.float32
 NAMES = [
     name
     for name, kind in PROVIDERS.items()
-    if kind.eager and not kind.full_only and (kind.dtypes is None or DTYPE in kind.dtypes)
+    if kind.eager and not kind.full_only and name not in ONLY_IN_TRAINING
+    if kind.dtypes is None or DTYPE in kind.dtypes
 ]
 
 

@@ -1,16 +1,21 @@
-"""What is measured: parameter shapes as real models have them, and two small models for whole training steps."""
+"""What is measured: parameter shapes as real models have them, and models with batches for whole training steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.models import GPT2, ResNet50, SmallConvNet, SmallGPT
+
 Shape = tuple[int, ...]
+# Ends the name of a workload that was shrunk, so that its rows are not taken for those of the workload.
+TINY = " (tiny)"
 
 
 def resnet18() -> list[Shape]:
@@ -64,11 +69,20 @@ def transformer_of(numel: int) -> list[Shape]:
 
 @dataclass(frozen=True)
 class Workload:
-    """Parameters to step over: a name, what it stands for, and the shapes."""
+    """Parameters to step over: a name, what it stands for, the shapes, and whether state is measured on it.
+
+    The bytes of state for each parameter do not depend on the model, so one workload is enough for them.
+    """
 
     name: str
     title: str
     shapes: tuple[Shape, ...]
+    footprint: bool = False
+
+    def tiny(self) -> Workload:
+        """The first tensors, each of them small: for a dry run."""
+        shapes = tuple(tuple(min(size, 16) for size in shape) for shape in self.shapes[:12])
+        return replace(self, name=self.name + TINY, shapes=shapes)
 
     @property
     def numel(self) -> int:
@@ -92,14 +106,14 @@ class Workload:
         ]
 
 
-def _workload(name: str, title: str, shapes: list[Shape]) -> Workload:
-    return Workload(name, title, tuple(shapes))
+def _workload(name: str, title: str, shapes: list[Shape], footprint: bool = False) -> Workload:
+    return Workload(name, title, tuple(shapes), footprint)
 
 
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        _workload("resnet18", "ResNet-18", resnet18()),
+        _workload("resnet18", "ResNet-18", resnet18(), footprint=True),
         _workload("vit_b_16", "ViT-B/16", vit_b_16()),
         _workload("gpt2", "GPT-2 124M", gpt2()),
         _workload("llama_shard", "Llama 1B, 1/8 shard", llama_1b_shard()),
@@ -119,67 +133,74 @@ def scaling(largest: float) -> list[Workload]:
 # ---- Whole training steps ------------------------------------------------------------------------------------------
 
 
-class SmallConvNet(nn.Module):
-    """Three stages of convolutions for 32x32 images, 0.3 M parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for inputs, outputs in ((3, 32), (32, 64), (64, 128), (128, 128)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)]
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4, 10))
-
-    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
-        return F.cross_entropy(self.body(images), labels)
-
-
-class SmallGPT(nn.Module):
-    """A causal transformer over bytes, pre-norm, 6.5 M parameters."""
-
-    def __init__(self, width: int = 256, layers: int = 8, context: int = 128) -> None:
-        super().__init__()
-        self.token = nn.Embedding(256, width)
-        self.position = nn.Parameter(torch.zeros(context, width))
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 256, bias=False)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context))
-
-    def forward(self, batch: Tensor) -> Tensor:
-        inputs, targets = batch[:, :-1], batch[:, 1:]
-        hidden = self.blocks(self.token(inputs) + self.position, mask=self.mask, is_causal=True)
-        return F.cross_entropy(self.head(self.norm(hidden)).flatten(0, 1), targets.flatten())
-
-
 @dataclass(frozen=True)
 class Training:
-    """A model whose forward takes a batch and returns the loss, and how to make a batch."""
+    """A model whose forward takes a batch and returns the loss, and how to make a batch.
+
+    Attributes:
+        base: the base optimizer that such a model is trained with.
+        autocast: the forward runs in bfloat16 autocast over float32 weights, as GPUs are used; weights, gradients and
+            state are float32 then.
+        channels_last: the memory format in which convolutions run in autocast.
+        shrunk: the same of a size for a dry run; where there is one, the workload itself is of a GPU's size.
+    """
 
     name: str
     title: str
+    base: str
     model: Callable[[], nn.Module]
-    batch: Callable[[torch.device], object]
+    batch: Callable[[torch.device], Any]
+    autocast: bool = False
+    channels_last: bool = False
+    shrunk: tuple[Callable[[], nn.Module], Callable[[torch.device], Any]] | None = None
+
+    @property
+    def dtype(self) -> str:
+        """As rows say it."""
+        return "autocast" if self.autocast else "fp32"
+
+    def tiny(self) -> Training:
+        model, batch = self.shrunk or (self.model, self.batch)
+        return replace(self, name=self.name + TINY, model=model, batch=batch)
 
 
-def _images(device: torch.device) -> tuple[Tensor, Tensor]:
+def _images(count: int, size: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(128, 3, 32, 32, generator=generator)
-    return images.to(device), torch.randint(10, (128,), generator=generator).to(device)
+    images = torch.randn(count, 3, size, size, generator=generator)
+    return images.to(device), torch.randint(classes, (count,), generator=generator).to(device)
 
 
-def _text(device: torch.device) -> Tensor:
-    return torch.randint(256, (8, 129), generator=torch.Generator().manual_seed(0)).to(device)
+def _tokens(count: int, length: int, vocabulary: int, device: torch.device) -> Tensor:
+    """One more than ``length``: each token is the target of the ones before it."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (count, length + 1), generator=generator).to(device)
 
 
 TRAININGS = {
     training.name: training
     for training in (
-        Training("train_convnet", "small convnet, batch 128 of 32x32", SmallConvNet, _images),
-        Training("train_gpt", "small GPT, 8 sequences of 128", SmallGPT, _text),
+        Training(
+            "train_convnet", "small convnet, batch 128 of 32x32", "sgd", SmallConvNet, partial(_images, 128, 32, 10)
+        ),
+        Training("train_gpt", "small GPT, 8 sequences of 128", "adamw", SmallGPT, partial(_tokens, 8, 128, 256)),
+        Training(
+            "train_gpt2",
+            "GPT-2 124M, 8 sequences of 1,024",
+            "adamw",
+            GPT2,
+            partial(_tokens, 8, 1024, 50257),
+            autocast=True,
+            shrunk=(partial(GPT2, 32, 2, 2, 16, 64), partial(_tokens, 2, 16, 64)),
+        ),
+        Training(
+            "train_resnet50",
+            "ResNet-50, batch 64 of 224x224",
+            "sgd",
+            ResNet50,
+            partial(_images, 64, 224, 1000),
+            autocast=True,
+            channels_last=True,
+            shrunk=(partial(ResNet50, 8, 10, (1, 1)), partial(_images, 2, 32, 10)),
+        ),
     )
 }

@@ -99,11 +99,11 @@ FSAM_FN V known(V state) {
   return select(is_nan(state), V(0), state);
 }
 
-// The noise component d of the gradient.
-template <bool kEma, class V, class S>
+// The noise component d of the gradient. kSet: the average is known to have seen a gradient.
+template <bool kEma, bool kSet = false, class V, class S>
 FSAM_FN V noise(V g, V ema, const AscentScalars<S>& s) {
   if constexpr (!kEma) return g;
-  return g - s.sigma * (s.updated ? ema_update(ema, g, s.lmbda, s.one_minus_lmbda) : known(ema));
+  return g - s.sigma * (s.updated ? ema_update(ema, g, s.lmbda, s.one_minus_lmbda) : kSet ? ema : known(ema));
 }
 
 // The summands of pass A.
@@ -113,19 +113,29 @@ struct Statistics {
 };
 constexpr int kStatistics = 5;
 
-template <bool kEma, class V, class S>
-FSAM_FN void accumulate(Statistics<V>& sums, V w, V scaled_g, V ema, const AscentScalars<S>& s) {
-  const V g = scaled_g * s.inverse_scale;
-  V d = noise<kEma>(g, ema, s);
+// All but the last, of a gradient that is unscaled.
+template <bool kEma, bool kSet = false, class V, class S>
+FSAM_FN void accumulate_products(Statistics<V>& sums, V w, V g, V ema, const AscentScalars<S>& s) {
+  V d = noise<kEma, kSet>(g, ema, s);
   if (s.adaptive) d = w * d;  // (|w| d)^2 = (w d)^2
   sums.noise_sq = sums.noise_sq + d * d;
   sums.grad_sq = sums.grad_sq + g * g;
   if constexpr (kEma) {
-    const V m = known(ema);
+    const V m = kSet ? ema : known(ema);
     sums.grad_dot_ema = sums.grad_dot_ema + g * m;
     sums.ema_sq = sums.ema_sq + m * m;
   }
+}
+template <class V>
+FSAM_FN void count_nonfinite(Statistics<V>& sums, V g) {
   sums.nonfinite = sums.nonfinite + select(is_finite(g), V(0), V(1));
+}
+
+template <bool kEma, class V, class S>
+FSAM_FN void accumulate(Statistics<V>& sums, V w, V scaled_g, V ema, const AscentScalars<S>& s) {
+  const V g = scaled_g * s.inverse_scale;
+  accumulate_products<kEma>(sums, w, g, ema, s);
+  count_nonfinite(sums, g);
 }
 
 // What pass B adds to a weight: rho * d / (norm + eps), adaptive: rho * |w|^2 * d / (norm + eps); in the order of the
@@ -213,10 +223,9 @@ FSAM_FN BiasCorrection<S> bias_correction(double lr, double beta1, double beta2,
   return {S(lr / (1.0 - ::pow(beta1, step))), S(::sqrt(1.0 - ::pow(beta2, step)))};
 }
 
-// torch.optim.Adam, and AdamW where `decoupled`.
+// torch.optim.Adam, and AdamW where `decoupled`: first the moments and the decay of the weight, which is returned.
 template <class V, class S>
-FSAM_FN V adam(V w, V scaled_g, V& exp_avg, V& exp_avg_sq, const AdamScalars<S>& s,
-               const BiasCorrection<S>& correction) {
+FSAM_FN V adam_moments(V w, V scaled_g, V& exp_avg, V& exp_avg_sq, const AdamScalars<S>& s) {
   V g = scaled_g * s.inverse_scale;
   if (s.maximize) g = -g;
   if (s.decoupled) {
@@ -226,8 +235,38 @@ FSAM_FN V adam(V w, V scaled_g, V& exp_avg, V& exp_avg_sq, const AdamScalars<S>&
   }
   exp_avg = exp_avg + s.one_minus_beta1 * (g - exp_avg);
   exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * (g * g);
-  const V denominator = square_root(exp_avg_sq) / correction.sqrt_second + s.eps;
-  return w - correction.step_size * (exp_avg / denominator);
+  return w;
+}
+
+// How the step divides, for backends that have more than one way to the same bits.
+struct PlainDivision {
+  template <class V>
+  FSAM_FN V root(V x) const {
+    return square_root(x);
+  }
+  template <class V, class S>
+  FSAM_FN V corrected(V root, S sqrt_second) const {
+    return root / sqrt_second;
+  }
+  template <class V>
+  FSAM_FN V quotient(V a, V b) const {
+    return a / b;
+  }
+};
+
+// Then the step.
+template <class V, class S, class Division>
+FSAM_FN V adam_step(V w, V exp_avg, V exp_avg_sq, S eps, const BiasCorrection<S>& correction,
+                    const Division& division) {
+  const V denominator = division.corrected(division.root(exp_avg_sq), correction.sqrt_second) + eps;
+  return w - correction.step_size * division.quotient(exp_avg, denominator);
+}
+
+template <class V, class S>
+FSAM_FN V adam(V w, V scaled_g, V& exp_avg, V& exp_avg_sq, const AdamScalars<S>& s,
+               const BiasCorrection<S>& correction) {
+  w = adam_moments(w, scaled_g, exp_avg, exp_avg_sq, s);
+  return adam_step(w, exp_avg, exp_avg_sq, s.eps, correction, PlainDivision{});
 }
 
 }  // namespace fsam

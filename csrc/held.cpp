@@ -108,7 +108,7 @@ class Held {
   bool have_grads() const {
     return all([this](size_t i, Forms::Walk& form) {
       view_.fetch_ahead(i);
-      return Gradient(params_[i].get()).plain && form.holds(params_[i]);
+      return Gradient(params_[i].get()).plain && params_[i].data_ptr() == addresses_[i].param && form.holds(params_[i]);
     });
   }
 

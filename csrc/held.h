@@ -18,7 +18,7 @@ namespace fsam {
 // NOTE [symbols outside the stable ABI]
 // The stable ABI knows no .grad, no version counter and no lazy negation. These functions of libtorch are declared by
 // their names in the binary instead, weakly: a torch that lacks them loads this library all the same, and then nothing
-// is held. A name does not tell a function's result, so fsam_ext/held.py allows only those releases of torch whose
+// is held. A name does not tell a function's result, so fsam_ext/step/held.py allows only those releases of torch whose
 // headers were read.
 extern "C" {
 // const at::Tensor& c10::TensorImpl::grad() const; the tensor is undefined where there is no gradient.

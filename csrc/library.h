@@ -12,4 +12,5 @@
 
 // torch's macros paste their arguments, so these need one more expansion.
 #define FSAM_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+#define FSAM_LIBRARY_FRAGMENT(ns, m) STABLE_TORCH_LIBRARY_FRAGMENT(ns, m)
 #define FSAM_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)

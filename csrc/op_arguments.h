@@ -286,6 +286,63 @@ Saved<T> saved_weights(const OptionalTensor& backup, const Arguments& args) {
   return {flat_data<T>(backup, "backup", args), nullptr};
 }
 
+// NOTE [the journal]
+// An exception such as Ctrl-C may reach Python between the end of an op and the line after it, and a line before the op
+// may be reached without it. So the op itself counts, on the host and within its call, that it has written
+// (fsam_ext/step/transaction.py); what refuses its arguments throws before that.
+class Journal {
+ public:
+  explicit Journal(const OptionalTensor& cell) : count_(data_of<int64_t>(cell, "journal", 1, {true, 0})) {}
+  void wrote() const {
+    if (count_) ++*count_;
+  }
+
+ private:
+  int64_t* count_;
+};
+
+// The bias corrections of each row, two scalars in the type of the arithmetic.
+template <class S>
+const BiasCorrection<S>* corrections_of(const Tensor& corrections, const Arguments& args) {
+  static_assert(sizeof(BiasCorrection<S>) == 2 * sizeof(S));
+  return reinterpret_cast<const BiasCorrection<S>*>(
+      data_of<S>(corrections, "corrections", 2 * int64_t(args.table.rows.size()), args.place));
+}
+
+// What count_steps works on, checked. The entries of `index` are positions in `steps`.
+template <class S>
+struct StepCounts {
+  float* steps;
+  const int64_t* index;
+  int64_t members, rows;  // rows <= members
+  BiasCorrection<S>* corrections;
+  Place place;
+};
+template <class S>
+StepCounts<S> step_counts(const Tensor& steps, const Tensor& index, const Tensor& corrections) {
+  const Place place{steps.is_cpu(), steps.get_device_index()};
+  const int64_t members = index.numel(), rows = corrections.numel() / 2;
+  STD_TORCH_CHECK(
+      corrections.dim() == 2 && corrections.size(1) == 2 && rows <= members,
+      "fsam_ext: corrections must have the shape [rows, 2] with at most as many rows as index has entries, ", members);
+  return {data_of<float>(steps, "steps", 0, place),
+          data_of<int64_t>(index, "index", 0, place),
+          members,
+          rows,
+          reinterpret_cast<BiasCorrection<S>*>(data_of<S>(corrections, "corrections", 0, place)),
+          place};
+}
+
+// Calls call(S{}) with the type of the arithmetic that a tensor of state is in.
+template <class Call>
+void dispatch_state(const Tensor& state, const Call& call) {
+  if (dtype_of(state) == dtype_number<double>()) {
+    call(double{});
+  } else {
+    call(float{});
+  }
+}
+
 template <class T>
 Forward forward_of(int64_t forward) {
   STD_TORCH_CHECK(forward >= 0 && forward <= 2 && (forward == 0 || sizeof(T) <= 4),

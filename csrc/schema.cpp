@@ -1,9 +1,10 @@
 // Every op of fsam_ext, with what it mutates: the one list to read.
 //
-// A backend implements these six ops and nothing else (fsam_ext/backends/README.md is the contract
+// A backend implements these seven ops and nothing else (fsam_ext/backends/README.md is the contract
 // in words). `params` and `grads` are lists with one entry per row; optimizer state comes as flat
 // buffers in which row i owns the slice [offsets[i], offsets[i] + params[i].numel()). `offsets` is
-// an int64 tensor on the CPU: a list of ten thousand ints would be boxed one by one in every call.
+// an int64 tensor on the CPU: a list of ten thousand ints would be boxed one by one in every call. `journal`: int64 on
+// the CPU; an op adds one to its first element once it has written: NOTE [the journal] in op_arguments.h.
 
 #include "library.h"
 
@@ -21,12 +22,13 @@ FSAM_LIBRARY(FSAM_NAMESPACE, m) {
       "perturb(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? ema, "
       "Tensor(c!)? ema_scale, Tensor(d!) backup, Tensor stats, Tensor? grad_scale, float rho, "
       "Tensor? rho_tensor, float sigma, float lmbda, float eps, bool adaptive, bool ema_updated, "
-      "bool feeds, int forward, Tensor(e!)? effect) -> ()");
+      "bool feeds, int forward, Tensor(e!)? effect, Tensor(f!)? journal=None) -> ()");
 
   // The EMA without an ascent: in steps that have none, and from the second gradient.
   m.def(
       "update_ema(Tensor[] params, Tensor[] grads, Tensor offsets, Tensor(a!) ema, "
-      "Tensor(b!)? ema_scale, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, float lmbda) -> ()");
+      "Tensor(b!)? ema_scale, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, float lmbda, "
+      "Tensor(c!)? journal=None) -> ()");
 
   // Pass C without a base optimizer: params = backup, bit for bit.
   m.def("restore(Tensor(a!)[] params, Tensor offsets, Tensor backup) -> ()");
@@ -37,14 +39,21 @@ FSAM_LIBRARY(FSAM_NAMESPACE, m) {
       "restore_sgd(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, "
       "Tensor(c!)? momentum_buffer, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, "
       "float lr, Tensor? lr_tensor, float momentum, float dampening, float weight_decay, "
-      "bool nesterov, bool maximize, Tensor? rounding) -> ()");
+      "bool nesterov, bool maximize, Tensor? rounding, Tensor(d!)? journal=None) -> ()");
 
-  // Pass C with Adam or (decoupled) AdamW. steps[i] counts the updates of row i, this one included.
+  // Before pass C with Adam: steps[index] += 1 where pass C will update, and each row's bias corrections. `index` names
+  // first the members that start a row, in the order of the rows, then the others; corrections[i] is row i's.
+  m.def(
+      "count_steps(Tensor(a!) steps, Tensor index, Tensor(b!) corrections, Tensor? stats, Tensor? found_inf, "
+      "float lr, Tensor? lr_tensor, float beta1, float beta2, Tensor(c!)? journal=None) -> ()");
+
+  // Pass C with Adam or (decoupled) AdamW. corrections[i] = lr / (1 - beta1^t), sqrt(1 - beta2^t) for row i, which is
+  // at its t-th update: what count_steps writes.
   m.def(
       "restore_adam(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, "
-      "Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor steps, Tensor? stats, Tensor? grad_scale, "
+      "Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor corrections, Tensor? stats, Tensor? grad_scale, "
       "Tensor? found_inf, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
-      "float weight_decay, bool decoupled, bool maximize, Tensor? rounding) -> ()");
+      "float weight_decay, bool decoupled, bool maximize, Tensor? rounding, Tensor(e!)? journal=None) -> ()");
 
   // Asks for huge pages behind a CPU buffer, before it is touched; no backend op.
   m.def("advise_huge_pages(Tensor buffer) -> ()");
@@ -54,8 +63,8 @@ FSAM_LIBRARY(FSAM_NAMESPACE, m) {
   m.def("can_hold() -> bool");
   m.def("hold(Tensor[] params, Tensor offsets) -> ()");
   m.def("release(int address) -> ()");
-  // Whether each is laid out as it was when it was held (and where, if asked); has a gradient as well; and both lie
-  // where they did, in one order.
+  // Whether each is laid out as it was when it was held (and lies where it did, if asked); lies there and has a
+  // gradient; and that lies where it did, in the same order.
   m.def("have_their_forms(Tensor offsets, bool in_place) -> bool");
   m.def("have_grads(Tensor offsets) -> bool");
   m.def("in_place(Tensor offsets) -> bool");

@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "threads.h"
+
 namespace fsam {
 
 // NOTE [tensors are fetched ahead]
@@ -39,7 +41,7 @@ constexpr int64_t kTensorsPerTask = 256;
 
 template <class Visit>
 void for_tensors(int64_t size, const Visit& visit) {
-  torch::stable::parallel_for(0, size, kTensorsPerTask, visit);
+  for_parts(size, kTensorsPerTask, false, visit);
 }
 
 // One tensor of a list: valid as long as the list.

@@ -2,9 +2,10 @@
 
 from ._version import __version__
 from .batch_norm import freeze_stats
-from .distributed import clip_grad_norm_
-from .flatten import FlatParameters, flatten_parameters
-from .optimizer import SAM, FriendlySAM
+from .optimizer import FriendlySAM
+from .sam import SAM
+from .state.flatten import FlatParameters, flatten_parameters
+from .step.distributed import clip_grad_norm_
 
 __all__ = [
     "SAM",

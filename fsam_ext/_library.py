@@ -23,6 +23,24 @@ def load(name: str) -> str | None:
     return None
 
 
+# csrc/threads.h, NOTE [a forked child], for what torch does for this package.
+TORCHS_GRAIN = 32768
+_forked = False
+
+
+def _fork_seen() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_fork_seen)
+
+
+def unshared_parts(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A flat tensor; in a forked child its parts, each too small for torch to share it among threads."""
+    return flat.split(TORCHS_GRAIN) if _forked else (flat,)
+
+
 # Order matters: the CUDA library adds kernels to the ops that the first one defines.
 CPU_REASON = load("_C")
 CUDA_REASON = CPU_REASON or load("_C_cuda")

@@ -9,8 +9,9 @@ import sys
 
 import torch
 
-from . import _library, backends, held
+from . import _library, backends
 from ._version import __version__
+from .step import held
 
 
 def _version(package: str) -> str | None:

@@ -1,35 +1,60 @@
-"""The options of F-SAM, and the sentences for options, parameters and gradients that cannot be used."""
+"""The options of F-SAM: what a constructor's arguments become, and the sentences for those that cannot be used."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from . import distributed
-from .distributed import Describe
-from .flatten import is_dense
-from .ops import FORWARD, compute_dtype
+from .backends.ops import FORWARD
+from .state.checkpoints import CURRENT_FORMAT
+from .state.keys import FORMAT, LAYOUT, LOW_PRECISION, OWN_OPTIONS, STEP
+from .state.shards import Describe, local
+from .state.tensors import check_parameter, name_of
+from .step.base_update import FusedBase, GenericBase, base_defaults, is_fused
 
-# The param-group keys that are not the base optimizer's. Those of LAYOUT say how state is kept: a checkpoint's state is
-# converted to them.
-LAYOUT = ("ema_dtype", "master_weights", "stochastic_rounding", "forward_dtype", "ema_source")
-NAMES = ("rho", "sigma", "lmbda", "adaptive", "ema", "perturb_eps", *LAYOUT)
-# The number of steps taken: what a schedule and stochastic rounding count by.
-STEP = "fsam_step"
-# The form of the checkpoint, of which a group is the only part that torch.distributed.checkpoint keeps whole.
-FORMAT = "fsam_format"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-LOW_PRECISION = (torch.bfloat16, torch.float16)
+PERTURB_EPS = 1e-12
 
 
-def uses_ema(group: dict[str, Any]) -> bool:
-    """Whether a group keeps an average: SAM (sigma = 0) does not."""
-    return group["sigma"] != 0
+def defaults(
+    base_optimizer: type[Optimizer],
+    base_kwargs: dict[str, Any],
+    own: dict[str, Any],
+    layout: tuple[Any, ...],
+    capturable: bool,
+) -> dict[str, Any]:
+    """The options that every group starts from: the base's, those of F-SAM, and the number of the step.
+
+    ``eps`` is taken out of ``base_kwargs`` where it is another name of ``perturb_eps``.
+
+    Raises:
+        TypeError, ValueError: as the base's constructor; or an option has two values or two owners.
+    """
+    base = base_defaults(base_optimizer, {k: v for k, v in base_kwargs.items() if k != "eps"})
+    if "eps" in base_kwargs:
+        if "eps" in base:
+            base = base_defaults(base_optimizer, base_kwargs)
+        elif own["perturb_eps"] != PERTURB_EPS:
+            raise ValueError(
+                f"eps is another name of perturb_eps for {base_optimizer.__name__}, and both were given; leave out eps"
+            )
+        else:
+            own["perturb_eps"] = base_kwargs.pop("eps")
+    taken = sorted(base.keys() & {*OWN_OPTIONS})
+    if taken:
+        raise ValueError(
+            f"base_optimizer {base_optimizer.__name__} has an option named {taken[0]}, which would get F-SAM's value; "
+            "give it another name in a subclass"
+        )
+    if "capturable" in base:
+        base["capturable"] = capturable
+    return {**base, **own, **dict(zip(LAYOUT, layout, strict=True)), STEP: 0, FORMAT: CURRENT_FORMAT}
 
 
 def check_options(group: dict[str, Any]) -> None:
@@ -87,23 +112,32 @@ def check_options(group: dict[str, Any]) -> None:
         )
 
 
-def check_parameter(param: Tensor, describe: Describe) -> None:
-    """Raises ValueError or TypeError for a parameter that no backend can perturb."""
-    if param.is_meta:
-        raise ValueError(f"{describe(param)} is on the meta device; materialise the model before making the optimizer")
-    if not param.requires_grad:
-        return
-    if param.dtype not in DTYPES:
-        raise TypeError(
-            f"{describe(param)} has dtype {param.dtype}; F-SAM perturbs float64, float32, bfloat16 and float16"
-        )
-    distributed.check_parameter(param, describe)
-    part = distributed.local(param)
-    if not is_dense(part):
+def check_group(
+    param_groups: list[dict[str, Any]], number: int, base: type[Optimizer], update: FusedBase | GenericBase | None
+) -> None:
+    """Raises TypeError or ValueError for a group that cannot join the others, which ``update`` is the base of."""
+    group, describe = param_groups[number], partial(name_of, param_groups)
+    check_options(group)
+    for param in group["params"]:
+        check_parameter(param, describe)
+    fused = is_fused(base, group)
+    if isinstance(update, FusedBase) and not fused:
         raise ValueError(
-            f"{describe(param)} has strides {tuple(part.stride())} with gaps or overlaps in memory; "
-            "make it contiguous first"
+            f"group {number} asks {base.__name__} for amsgrad or differentiable, which the other groups do not; give "
+            "the option to the constructor instead"
         )
+    check_group_dtypes(group, fused, base.__name__, describe)
+
+
+def check_loaded(groups: list[dict[str, Any]], own: dict[str, Any], base: type[Optimizer], fuses: bool) -> None:
+    """Raises ValueError for options of a checkpoint that cannot be taken; ``own``: those for what it lacks."""
+    for number, group in enumerate(groups):
+        check_options({**own, **group})
+        if fuses and not is_fused(base, group):
+            raise ValueError(
+                f"group {number} of the checkpoint is of {base.__name__} with amsgrad or differentiable, which this "
+                "optimizer was made without; give the option to the constructor"
+            )
 
 
 def check_group_dtypes(group: dict[str, Any], fused: bool, base: str, describe: Describe) -> None:
@@ -120,7 +154,7 @@ def check_group_dtypes(group: dict[str, Any], fused: bool, base: str, describe: 
                 f"are {params[0].dtype}; leave the option out, or set it for the groups that need it"
             )
     for param in params:
-        if group["ema_dtype"] == torch.int8 and distributed.local(param) is not param:
+        if group["ema_dtype"] == torch.int8 and local(param) is not param:
             raise TypeError(
                 f"{describe(param)} is sharded, and the blocks of ema_dtype=torch.int8 do not follow its shards; use "
                 "torch.bfloat16"
@@ -132,27 +166,3 @@ def check_group_dtypes(group: dict[str, Any], fused: bool, base: str, describe: 
                 raise TypeError(
                     f"{describe(param)} is float64, which {name}={group[name]} does not go with; leave it out"
                 )
-
-
-def ema_dtype(group: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """What stores the average of a group's parameters of ``dtype``."""
-    return group["ema_dtype"] or compute_dtype(dtype)
-
-
-def has_masters(group: dict[str, Any], dtype: torch.dtype) -> bool:
-    """Whether a group's parameters of ``dtype`` have float32 masters."""
-    return bool(group["master_weights"]) and dtype in LOW_PRECISION
-
-
-def check_gradient(param: Tensor, describe: Describe) -> None:
-    """Raises RuntimeError for a gradient that does not fit its parameter."""
-    grad = param.grad
-    assert grad is not None
-    if grad.layout != torch.strided:
-        raise RuntimeError(f"the gradient of {describe(param)} is sparse; use sparse=False in the layer that makes it")
-    if grad.shape != param.shape or grad.dtype != param.dtype:
-        raise RuntimeError(
-            f"the gradient of {describe(param)} has shape {tuple(grad.shape)} and {grad.dtype}, the parameter "
-            f"{tuple(param.shape)} and {param.dtype}; clear the gradients after changing a parameter"
-        )
-    distributed.check_gradient(param, grad, describe)

@@ -22,8 +22,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsam_ext import backends, ops
-from fsam_ext.flat_state import aligned_numel
+from fsam_ext import backends
+from fsam_ext.backends import ops
+from fsam_ext.state.flat_state import aligned_numel
 
 ROUNDINGS = 12
 SUMMANDS = 256 + 16
@@ -42,7 +43,7 @@ def _triton() -> Any:
     return backends.resolve("triton", torch.device(DEVICE["triton"]))
 
 
-# name -> loader of the six ops. `reference` is here too: in float32 against itself in float64.
+# name -> loader of the ops. `reference` is here too: in float32 against itself in float64.
 BACKENDS: dict[str, Callable[[], Any]] = {
     "cpu": _installed("cpu", "cpu"),
     "reference": _installed("reference", "cpu"),
@@ -147,10 +148,11 @@ class Inputs:
         """``alignment``: what offsets are multiples of, beyond that of aligned memory."""
         self.dtype, self.state_dtype = dtype, ops.compute_dtype(dtype)
         spec = LAYOUTS[layout]
-        self.params = [self._normal(make(dtype)).to(device) for make in spec.params]
-        self.grads = [self._normal(make(dtype), 0.1).to(device) for make in spec.grads]
+        self.params = [_moved(self._normal(make(dtype)), device) for make in spec.params]
+        self.grads = [_moved(self._normal(make(dtype), 0.1), device) for make in spec.grads]
         for moved, make in zip(self.params + self.grads, spec.params + spec.grads, strict=True):
-            assert moved.stride() == make(dtype).stride()
+            made = make(dtype)
+            assert moved.stride() == made.stride() and moved.storage_offset() == made.storage_offset()
         positions = [3 * 128]  # room before the first slice, whose contents must survive
         for param in self.params:
             end = positions[-1] + aligned_numel(param.numel(), dtype)
@@ -213,16 +215,16 @@ def doubled(value: Any) -> Any:
 def copied(value: Any) -> Any:
     """A copy of all tensors in an argument list, memory order included."""
     if isinstance(value, Tensor):
-        return value.clone() if value.device.type != "cpu" or value.dim() == 0 else _clone_in_place(value)
+        return value.clone() if value.dim() == 0 else _moved(value, value.device)
     if isinstance(value, list | tuple):
         return [copied(item) for item in value]
     return value
 
 
-def _clone_in_place(tensor: Tensor) -> Tensor:
-    """A clone with the same strides and the same misalignment."""
-    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).clone()
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy with the same strides and, on any device, the same misalignment."""
+    storage = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+    return storage.to(device, copy=True).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def slices(flat: Tensor, inputs: Inputs) -> list[Tensor]:

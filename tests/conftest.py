@@ -19,7 +19,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     seed = config.getoption("--seed")
+    if hasattr(config, "workerinput"):  # one of several processes that share the tests
+        seed = config.workerinput["fsam_seed"]
     config.fsam_seed = int.from_bytes(os.urandom(3), "big") if seed is None else seed
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["fsam_seed"] = node.config.fsam_seed
 
 
 def pytest_report_header(config):

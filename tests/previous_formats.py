@@ -1,6 +1,7 @@
 """Checkpoints as each format wrote them: ``python -m tests.previous_formats tests/checkpoints/format1.pt``.
 
-Run it before a change of the format (CURRENT_FORMAT in fsam_ext/checkpoints.py), so that its file stays as a witness.
+Run it before a change of the format (CURRENT_FORMAT in fsam_ext/state/checkpoints.py), so that its file stays as a
+witness.
 """
 
 from __future__ import annotations

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-BENCH = Path(__file__).parent.parent / "bench"
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def bench_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
 
 
 @pytest.fixture
 def bench():
     """Imports a module of the suite by name."""
-    return importlib.import_module
+    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 def small_work(bench):
@@ -49,17 +43,17 @@ def weights_after(bench, kind, base, steps=4):
 def test_every_provider_computes_what_official_does(bench, name, base):
     providers = bench("providers")
     kinds = providers.all_providers(CPU)
-    expected = weights_after(bench, kinds["official"], providers.BASES[base])
-    found = weights_after(bench, kinds[name], providers.BASES[base])
+    expected = weights_after(bench, kinds["official"], bench("peers").BASES[base])
+    found = weights_after(bench, kinds[name], bench("peers").BASES[base])
     for a, b in zip(found, expected, strict=True):
         # Weights of size .1 after eight roundings in float32; AdamW divides by small numbers.
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if base == "adamw" else 1e-7)
 
 
 def test_compiled_provider_compiles_the_ascent_that_foreach_runs(bench):
-    providers = bench("providers")
-    compiled = providers.Compiled([torch.nn.Parameter(torch.ones(3))], providers.BASES["sgd"])
-    assert compiled._ascent._torchdynamo_orig_callable is providers.foreach_ascent
+    peers = bench("peers")
+    compiled = peers.Compiled([torch.nn.Parameter(torch.ones(3))], peers.BASES["sgd"])
+    assert compiled._ascent._torchdynamo_orig_callable is peers.foreach_ascent
 
 
 def test_sam_and_base_are_not_taken_for_fsam(bench):
@@ -77,11 +71,11 @@ def test_sam_and_base_are_not_taken_for_fsam(bench):
     ],
 )
 def test_bytes_per_parameter_are_those_of_the_three_passes(bench, dtype, base, expected):
-    assert bench("providers").bytes_per_parameter(dtype, base) == expected
+    assert bench("peers").bytes_per_parameter(dtype, base) == expected
 
 
 def test_bytes_per_parameter_with_masters_and_averages_of_fewer_bits(bench):
-    moved, bf16 = bench("providers").bytes_per_parameter, torch.bfloat16
+    moved, bf16 = bench("peers").bytes_per_parameter, torch.bfloat16
     # Pass A: g, m. Pass B: g, m, master, and m, w'. Pass C: g, master, momentum, and master, momentum, w.
     assert moved(bf16, "sgd", True) == (2 + 4) + (2 + 4 + 4 + 4 + 2) + (2 + 4 + 4 + 4 + 4 + 2)
     assert moved(bf16, "sgd", True, bf16) == moved(bf16, "sgd", True) - 3 * 2
@@ -101,10 +95,10 @@ def test_bytes_per_parameter_with_masters_and_averages_of_fewer_bits(bench):
 )
 def test_the_state_that_a_provider_keeps_is_counted(bench, name, dtype, expected):
     """Of SGD with momentum. The official code keeps its average and momentum; its backup becomes the weights."""
-    run, providers = bench("run"), bench("providers")
+    steps, providers = bench("steps"), bench("providers")
     work = bench("workloads").Workload("large", "large", ((512, 1024),) * 2)
     kind = providers.all_providers(CPU)[name]
-    found = run._footprint(kind, work, work.gradients(dtype, CPU), providers.BASES["sgd"])
+    found = steps._footprint(kind, work, work.gradients(dtype, CPU), bench("peers").BASES["sgd"])
     assert found["state"] == pytest.approx(expected, abs=0.05)
     assert found["state_peak"] >= found["state"]
 
@@ -176,7 +170,7 @@ def test_a_triad_counts_the_read_that_an_ordinary_store_makes(bench):
 
 def test_groups_fit_and_hold_the_anchors(bench):
     sizes = {"ours": 2, "official": 3, "a": 4, "b": 4, "c": 1}
-    groups = bench("run").groups_that_fit(sizes, sizes, ("ours", "official"), room=10)
+    groups = bench("steps").groups_that_fit(sizes, sizes, ("ours", "official"), room=10)
     assert groups == [["ours", "official", "a"], ["ours", "official", "b", "c"]]
 
 
@@ -230,6 +224,31 @@ def test_the_table_derives_from_the_rows(bench):
     assert line == "| GPT-2 124M | 20 ms | - | - | - | **10x** | - | 0.93 / - |"
 
 
+def test_the_table_of_training_has_everyones_step_over_plain_trainings(bench):
+    def row(provider, metric, median):
+        changes = {"workload": "train_gpt2", "dtype": "autocast", "base": "adamw", "device": "cuda"}
+        return make_row(bench, provider=provider, metric=metric, median=median, **changes)
+
+    rows = [row("plain", "step", 100.0), row("base", "cost_over_plain", 1.9), row("fsam_ext", "cost_over_plain", 1.95)]
+    line = next(line for line in bench("plots").training_table(rows).splitlines() if line.startswith("| GPT-2"))
+    assert line == "| GPT-2 124M, 8 sequences of 1,024 | 100 ms | 1.9x | - | - | - | - | - | **1.95x** | - | - |"
+
+
+def test_the_table_of_a_gpu_has_peers_as_graphs_beside_ours(bench):
+    def row(provider, metric, median):
+        return make_row(bench, provider=provider, metric=metric, median=median, device="cuda")
+
+    rows = [
+        row("fsam_ext", "step", 1.0),
+        row("official", "step", 9.0),
+        row("foreach graph", "speedup_over official", 4.0),
+    ]
+    rows += [row("fsam_ext graph", "speedup_over official", 9.5)]
+    head, _, line, *_ = bench("plots").table(rows).splitlines()
+    found = dict(zip(head.split(" | "), line.split(" | ")))
+    assert (found["foreach graph"], found["fsam_ext graph"]) == ("4x", "**9.5x**")
+
+
 def test_the_readme_keeps_everything_around_the_table(bench):
     plots = bench("plots")
     begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -251,74 +270,10 @@ def test_the_table_of_state_has_what_was_measured(bench):
     assert lines[0] == "a" and lines[-1] == "b"
 
 
-def test_a_run_writes_rows_for_each_provider_and_says_what_it_did_not_run(bench, tmp_path, monkeypatch):
-    run, rows = bench("run"), bench("rows")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    out = tmp_path / "rows.csv"
-    names = ["official", "foreach", "fsam_ext flat", "base"]
-    argv = ["--workloads", "scale_1e03", "--providers", *names, "--seconds", "0", "--no-plots", "--out", str(out)]
-    assert run.main(argv) == 0
-    found = rows.read(out)
-    steps = {row.provider for row in found if row.metric == "step" and row.median is not None}
-    assert steps == {"fsam_ext", *names}
-    assert {row.provider for row in found if row.metric == "bus_fraction"} == {"fsam_ext", *names} - {"base"}
-    assert all(row.q20 <= row.median <= row.q80 for row in found if row.median is not None)
-    if not torch.cuda.is_available():
-        assert [row.note for row in found if row.device == "cuda"] == ["not run: this machine has no GPU"]
-
-
-def test_figures_beside_busy_processes_are_figures_of_their_own(bench, tmp_path):
-    run, rows = bench("run"), bench("rows")
-    out = tmp_path / "rows.csv"
-    argv = ["--workloads", "scale_1e03", "--providers", "official", "--seconds", "0", "--no-plots", "--out", str(out)]
-    assert run.main(argv) == 0
-    alone = [row for row in rows.read(out) if row.provider != "all"]
-    assert run.main([*argv, "--busy", "1"]) == 0
-    both = rows.read(out)
-    assert all(row in both for row in alone)
-    fresh = [row for row in both if row.provider != "all" and row not in alone]
-    assert {row.provider for row in fresh} == {"official", "fsam_ext", "triad"}
-    assert all(row.metric.endswith(", 1 busy") and row.unit in run.TIMED for row in fresh)
-
-
-def test_an_unknown_name_is_refused_with_the_known_ones(bench, tmp_path):
-    run = bench("run")
-    with pytest.raises(SystemExit, match="gpt3.*gpt2"):
-        run.main(["--workloads", "gpt3", "--out", str(tmp_path / "rows.csv")])
-    with pytest.raises(SystemExit, match="nobody.*official"):
-        run.main(["--providers", "nobody", "--out", str(tmp_path / "rows.csv")])
-    assert sys.modules["run"] is run
-
-
-def test_the_plan_is_short_without_full_and_has_every_combination_with_it(bench):
-    run, work = bench("run"), bench("workloads")
-    kinds = bench("providers").all_providers(CPU)
-    short, full = run.plan(False, kinds, ["gpt2"]), run.plan(True, kinds, ["gpt2"])
-    combinations = {(case.work.name, case.dtype, case.base) for case in full}
-    assert {(w, d, b) for w in work.WORKLOADS for d in run.DTYPES for b in ("sgd", "adamw")} <= combinations
-    assert len(short) < len(full)
-    assert [case.work.name for case in short[:4]] == list(run.HEADLINE)
-    assert ["compiled" in case.providers for case in short[:4]] == [False, True, False, False]
-
-
-@pytest.mark.parametrize("layout", ["flat", "tiny"])
-def test_the_calls_of_the_gpu_benchmark_are_calls_of_the_ops(bench, layout):
-    """Here on the CPU: a signature that changed would else be noticed on the first GPU."""
-    from fsam_ext.backends import resolve
-
-    check = bench("gpu_check")
-    passes = check.Passes(resolve(None, CPU), CPU, torch.float32, 8192, layout)
-    for name, (call, nbytes) in passes.calls.items():
-        call()
-        expected = {"noise_norm": 8, "perturb": 24, "restore": 8, "restore_sgd": 20, "restore_adam": 28}
-        assert nbytes == expected[name]
-
-
-def test_the_gpu_check_looks_at_both_backends(bench, capsys):
-    """Where there is no GPU it says why neither can be looked at."""
-    check = bench("gpu_check")
-    if not torch.cuda.is_available():
-        assert check.backends_here() == {}
-        said = capsys.readouterr().out
-        assert "backend 'cuda' is not checked: " in said and "backend 'triton' is not checked: " in said
+@pytest.mark.parametrize("name", ["README.md", "docs/mixed-precision.md"])
+def test_a_pages_table_is_the_one_that_its_rows_make(bench, name):
+    """Of the machine that its caption names."""
+    page = (ROOT / name).read_text()
+    files = [bench("rows").read(path) for path in sorted(bench("rows").RESULTS.glob("*.csv"))]
+    (rows,) = (rows for rows in files if rows[0].machine in page)
+    assert bench("plots").fill(page, rows) == page

@@ -202,7 +202,7 @@ def test_requested_architectures_become_nvcc_flags():
 def test_default_architectures_are_those_nvcc_knows_and_ptx_of_the_last():
     flags = SETUP["gencode_flags"](None, SUPPORTED)
     assert [flag.split("=")[-1] for flag in flags] == [
-        *("sm_75", "sm_80", "sm_86", "sm_89", "sm_90"),
+        *("sm_75", "sm_80", "sm_86", "sm_90"),
         "compute_90",
     ]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fsam_ext import FriendlySAM
-from fsam_ext.checkpoints import CURRENT_FORMAT
+from fsam_ext.state.checkpoints import CURRENT_FORMAT
 
 from . import previous_formats
 from .conformance import identical
@@ -192,7 +192,7 @@ def test_what_cannot_be_loaded_changes_nothing_and_says_why(damage, message):
 
 
 def test_plain_sgd_and_adamw_go_on_from_an_exported_state():
-    from fsam_ext.checkpoints import to_torch
+    from fsam_ext.state.checkpoints import to_torch
 
     for name, base in (("sgd", SGD), ("adamw", AdamW)):
         params, optimizer = previous_formats.make(name)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsam_ext import ops
-from fsam_ext.backends import reference
+from fsam_ext.backends import ops, reference
 
 from .conformance import (
     BACKENDS,
@@ -487,10 +486,19 @@ def test_restore_adam(backend, layout, dtype, options, by_tensor, with_backup):
     (beta1, beta2), weight_decay, decoupled, maximize = options
     inputs, backup, scale, lr, starts = descent(layout, dtype, device, by_tensor, with_backup)
     exp_avg, exp_avg_sq = inputs.flat(0.1), inputs.flat(0.1).square_()
-    steps = torch.arange(1.0, len(inputs.params) + 1, device=device)
+    steps, index = (
+        torch.arange(float(len(inputs.params)), device=device),
+        torch.arange(len(inputs.params), device=device),
+    )
+    corrections = torch.full((len(inputs.params), 2), math.nan, dtype=inputs.state_dtype, device=device)
     stats = torch.ones(ops.STATISTICS, dtype=torch.float64, device=device)
-    rest = (stats, scale, None, *lr, beta1, beta2, 1e-8, weight_decay, decoupled, maximize, None)
-    args = doubled([inputs.params, inputs.grads, inputs.offsets, backup, exp_avg, exp_avg_sq, steps, *rest])
+    counting, betas = (stats, None), (*lr, beta1, beta2)
+    exact_corrections = doubled(corrections)
+    reference.count_steps(doubled(steps), index.cpu(), exact_corrections, *doubled([*counting, *betas]))
+    ops.count_steps(backend, steps, index, corrections, *counting, *betas)
+    rest = (stats, scale, None, *betas, 1e-8, weight_decay, decoupled, maximize, None)
+    args = doubled([inputs.params, inputs.grads, inputs.offsets, backup, exp_avg, exp_avg_sq, None, *rest])
+    args[6] = exact_corrections
     magnitudes = []
     firsts, seconds = slices(exp_avg, inputs), slices(exp_avg_sq, inputs)
     for w, g, m, v in zip(starts, unscaled(inputs, scale), firsts, seconds, strict=True):
@@ -499,7 +507,8 @@ def test_restore_adam(backend, layout, dtype, options, by_tensor, with_backup):
         magnitudes.append([w, m + (1 - beta1) * (g + m), beta2 * v + (1 - beta2) * g * g])
     untouched = copied([outside(flat, inputs) for flat in (backup, exp_avg, exp_avg_sq) if flat is not None])
 
-    ops.restore_adam(backend, inputs.params, inputs.grads, inputs.offsets, backup, exp_avg, exp_avg_sq, steps, *rest)
+    state = (exp_avg, exp_avg_sq, corrections)
+    ops.restore_adam(backend, inputs.params, inputs.grads, inputs.offsets, backup, *state, *rest)
 
     reference.restore_adam(*args)
     exact_firsts, exact_seconds = slices(args[4], inputs), slices(args[5], inputs)
@@ -534,8 +543,8 @@ def test_a_skipped_update_only_restores(backend, layout, dtype, reason, base, wi
     if base == "sgd":
         ops.restore_sgd(backend, *common, state[0], stats, None, found_inf, 0.1, None, 0.9, 0.0, 0.1, True, False, None)
     else:
-        steps = torch.ones(len(inputs.params), device=device)
+        corrections = torch.ones(len(inputs.params), 2, dtype=inputs.state_dtype, device=device)
         rest = (stats, None, found_inf, 0.1, None, 0.9, 0.99, 1e-8, 0.1, True, False, None)
-        ops.restore_adam(backend, *common, *state, steps, *rest)
+        ops.restore_adam(backend, *common, *state, corrections, *rest)
     assert all(map(identical, inputs.params, expected))
     assert all(map(identical, state, before))

@@ -12,7 +12,7 @@ from itertools import chain
 import pytest
 import torch
 
-from fsam_ext import ops
+from fsam_ext.backends import ops
 
 from .conformance import BACKENDS, DTYPES, LAYOUTS, Inputs
 from .test_ops import calls, mixed_calls

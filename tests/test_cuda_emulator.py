@@ -13,7 +13,7 @@ import torch
 from fsam_ext.backends import resolve
 
 from . import cuda_emulation
-from .cuda_problem import DTYPES, KINDS, SIZES, Problem, bits, same_bits
+from .cuda_problem import DTYPES, KINDS, PLAIN, SIZES, STORED, Problem, bits, same_bits, same_values_on_and_off_bounds
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,13 @@ class TestSameBitsAsCpu:
         assert_same_bits_as_cpu(emulated, cpu, run, dtype, SIZES, shift)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype, stored", [*PLAIN, *STORED])
+@pytest.mark.parametrize("op", [Problem.perturb, Problem.update_ema], ids=["perturb", "update_ema"])
+def test_averages_have_the_same_bits_as_on_the_cpu(emulated, cpu, op, dtype, stored, shift):
+    assert_same_bits_as_cpu(emulated, cpu, op, dtype, SIZES, shift, stored=stored)
+
+
 @pytest.mark.parametrize("kind, adaptive", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_has_the_same_bits_in_any_order(emulated, monkeypatch, dtype, kind, adaptive):
@@ -88,14 +95,9 @@ def test_norm_has_the_same_bits_in_any_order(emulated, monkeypatch, dtype, kind,
         assert torch.equal(bits(Problem(dtype, SIZES, shift).noise_norm(emulated, kind, adaptive)), reference)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_does_not_depend_on_alignment(emulated, dtype):
-    aligned, shifted = Problem(dtype, SIZES), Problem(dtype, SIZES, shift=1)
-    for name in ("params", "grads"):
-        for to, source in zip(getattr(shifted, name), getattr(aligned, name), strict=True):
-            to.copy_(source)
-    shifted.ema.copy_(aligned.ema)
-    assert shifted.params[5].data_ptr() % 16 and not aligned.params[5].data_ptr() % 16
+@pytest.mark.parametrize("dtype, stored", [*PLAIN, *STORED])
+def test_norm_does_not_depend_on_alignment(emulated, dtype, stored):
+    aligned, shifted = same_values_on_and_off_bounds(dtype, stored)
     assert torch.equal(bits(aligned.noise_norm(emulated)), bits(shifted.noise_norm(emulated)))
 
 
@@ -140,12 +142,38 @@ def test_zero_dimensional_and_channels_last(emulated, cpu):
         torch.testing.assert_close(params[1], 1 - 0.5 * torch.arange(120.0).reshape(2, 3, 4, 5))
 
 
+def test_division_of_a_group_is_ieee_division():
+    result = subprocess.run([cuda_emulation.build_program("division")], text=True, capture_output=True, timeout=120)
+    assert result.stdout == "0 differences\n", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adam_with_moments_of_every_kind(emulated, cpu, dtype):
+    """Zeros, subnormals, huge ones, inf and NaN among ordinary ones, in one group and alone."""
+    run = lambda problem, backend: problem.adam_of_hard_cases(backend)  # noqa: E731
+    assert_same_bits_as_cpu(emulated, cpu, run, dtype, [1 << 13])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_have_the_same_sums_in_blocks_of_any_number(emulated, dtype):
+    """A row of many chunks, of which a block takes several, and the same chunks as rows of their own."""
+    chunks = 37
+    whole, cut = Problem(dtype, [chunks * 4096 - 5]), Problem(dtype, [4096] * (chunks - 1) + [4091])
+    for name in ("params", "grads"):
+        for part, source in zip(getattr(cut, name), getattr(whole, name)[0].split(4096), strict=True):
+            part.copy_(source)
+    cut.ema.copy_(whole.ema)
+    sums = [problem.noise_norm(emulated).clone() for problem in (whole, cut)]
+    assert torch.equal(bits(whole.partials), bits(cut.partials))
+    assert torch.equal(bits(sums[0]), bits(sums[1]))
+
+
 # ---- The emulator itself: each planted bug has to be caught ---------------------------------------
 
 
 @pytest.fixture(scope="module")
 def planted():
-    return {sanitize: cuda_emulation.build_planted_bugs(sanitize) for sanitize in (False, True)}
+    return {sanitize: cuda_emulation.build_program("planted_bugs", sanitize) for sanitize in (False, True)}
 
 
 def run_planted(program: Path, bug: str, **environment: str) -> subprocess.CompletedProcess:

@@ -6,6 +6,10 @@ Run with ``-m gpu``, or with the sanitizers and the benchmark by ``python bench/
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from torch import nn
 from fsam_ext import FriendlySAM
 from fsam_ext.backends import resolve
 
-from .cuda_problem import DTYPES, KINDS, SIZES, Problem, bits, same_bits
+from .cuda_problem import DTYPES, KINDS, PLAIN, SIZES, STORED, Problem, bits, same_bits, same_values_on_and_off_bounds
 
 pytestmark = pytest.mark.gpu
 
@@ -75,6 +79,26 @@ class TestSameBitsAsCpu:
         assert_same_bits_as_cpu(cuda, cpu, run, dtype, SIZES, shift)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype, stored", [*PLAIN, *STORED])
+@pytest.mark.parametrize("op", [Problem.perturb, Problem.update_ema], ids=["perturb", "update_ema"])
+def test_averages_have_the_same_bits_as_on_the_cpu(cuda, cpu, op, dtype, stored, shift):
+    assert_same_bits_as_cpu(cuda, cpu, op, dtype, SIZES, shift, stored=stored)
+
+
+@pytest.mark.parametrize("dtype, stored", [*PLAIN, *STORED])
+def test_norm_does_not_depend_on_alignment(cuda, dtype, stored):
+    aligned, shifted = same_values_on_and_off_bounds(dtype, stored, device="cuda")
+    assert torch.equal(bits(aligned.noise_norm(cuda)), bits(shifted.noise_norm(cuda)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adam_with_moments_of_every_kind(cuda, cpu, dtype):
+    """The division of a group: csrc/cuda/divide.cuh."""
+    run = lambda problem, backend: problem.adam_of_hard_cases(backend)  # noqa: E731
+    assert_same_bits_as_cpu(cuda, cpu, run, dtype, [1 << 22])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_has_the_same_bits_on_every_stream_and_run(cuda, dtype):
     first = Problem(dtype, SIZES, device="cuda").noise_norm(cuda)
@@ -107,6 +131,34 @@ def test_graph_replays_what_eager_does(cuda, base, sizes):
         graph.replay()
         torch.cuda.synchronize()
         assert same_bits(eager, replayed), f"replay {turn}"
+
+
+FIRST_CALLS = """
+import torch
+from fsam_ext.backends import resolve
+from tests.cuda_problem import SIZES, Problem, same_bits
+from tests.test_cuda_gpu import step
+
+cuda = resolve("cuda", torch.device("cuda"))
+eager, replayed = (Problem(torch.float32, SIZES, device="cuda") for _ in range(2))
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    step(replayed, cuda, "adam")
+graph.replay()
+step(eager, cuda, "adam")
+torch.cuda.synchronize()
+assert same_bits(eager, replayed)
+"""
+
+
+def test_the_first_calls_of_a_process_are_captured():
+    """csrc/cuda/driver.cpp, NOTE [the first launch in a capture]."""
+    environment = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALLS], text=True, capture_output=True, env=environment, cwd=root
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def model_and_data():
@@ -170,7 +222,7 @@ def test_nothing_waits_for_the_device():
 
 @pytest.mark.parametrize("base", BASES)
 def test_launches_and_allocations(cuda, base):
-    """Two launches for the norm (its chunks, their sum), one for each other pass; nothing allocated."""
+    """Two launches for the norm (its chunks, their sum), one for each other op; nothing allocated."""
     problem = Problem(torch.bfloat16, SIZES, device="cuda")
     step(problem, cuda, base)
     torch.cuda.synchronize()
@@ -180,7 +232,7 @@ def test_launches_and_allocations(cuda, base):
         torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(kernels) == 4, kernels
+    assert len(kernels) == {"sgd": 4, "adam": 5}[base], kernels
 
 
 def test_streams_do_not_mix(cuda):

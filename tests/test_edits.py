@@ -6,6 +6,7 @@ A step is made with what is there now, or refused by name.
 from __future__ import annotations
 
 import copy
+import sys
 from collections import defaultdict
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from fsam_ext import SAM, FriendlySAM, flatten_parameters, held
-from fsam_ext.checkpoints import to_torch
-from fsam_ext.flatten import check_disjoint
+from fsam_ext import SAM, FriendlySAM, flatten_parameters
+from fsam_ext.state.checkpoints import to_torch
+from fsam_ext.state.flatten import check_disjoint
+from fsam_ext.step import held
 
 from .conformance import identical
 from .test_optimizer import backward, batches, network
@@ -26,8 +28,7 @@ SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 @pytest.fixture(params=["held", "listed"], autouse=True)
 def look(request, monkeypatch):
     """Both ways to look at parameters have to see all of it."""
-    if request.param == "listed":
-        monkeypatch.setattr(held, "_REASON", "a test wants lists")
+    monkeypatch.setattr(held, "FEWEST", 1 if request.param == "held" else sys.maxsize)
 
 
 def step(optimizer, *gradients: float | torch.Tensor) -> None:
@@ -205,7 +206,7 @@ def test_state_does_not_grow_with_what_is_gone(change):
             for param in group["params"]:
                 param.grad = torch.ones_like(param)
             half()
-        (flat,) = optimizer._flats.values()
+        (flat,) = optimizer._passes.layout.flats.values()
         assert flat.numel <= 2 * 160 and len(flat.offset) <= 3
         expected = optimizer.state[kept]["momentum_buffer"][0]
         old = group["params"][1]
@@ -332,7 +333,7 @@ def test_frozen_parameters_stay_and_cost_no_new_segments(monkeypatch):
     frozen = params[2].detach().clone()
     step(optimizer, 1.0, 1.0, None, 1.0, 1.0)
     made = []
-    monkeypatch.setattr(optimizer, "_make_segments", lambda *args: made.append(args))
+    monkeypatch.setattr(optimizer._passes.layout, "renew", lambda *args: made.append(args))
     for _ in range(3):
         step(optimizer, 1.0, 1.0, None, 1.0, 1.0)
     assert not made
@@ -427,6 +428,24 @@ def test_another_storage_of_the_average_takes_it_over(before, after):
     assert float(optimizer.stats()["ema_norm"]) == pytest.approx(0.125 * 16, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ("ema", "momentum_buffer"))
+def test_state_that_parameters_swap_is_not_mixed_up(name):
+    """Each lies where the other's is to be copied from."""
+    params = [Parameter(torch.ones(4)), Parameter(torch.ones(4)), Parameter(torch.ones(4))]
+    optimizer = FriendlySAM(params, lr=0.0, momentum=0.9)
+    step(optimizer, 1.0, 2.0, 3.0)
+    one, two, three = (optimizer.state[param] for param in params)
+    values = [entry[name].clone() for entry in (one, two, three)]
+    one[name], two[name], three[name] = two[name], three[name], one[name]
+    optimizer.zero_grad()
+    for param in params:  # gradients of zero: the average shrinks by lmbda, momentum by itself
+        param.grad = torch.zeros(4)
+    optimizer.first_step()
+    optimizer.second_step()
+    for entry, value in zip((one, two, three), [*values[1:], values[0]], strict=True):
+        torch.testing.assert_close(entry[name], 0.9 * value)
+
+
 def test_an_option_name_that_both_have_is_refused():
     with pytest.raises(ValueError, match="Adadelta has an option named rho"):
         SAM([Parameter(torch.ones(1))], torch.optim.Adadelta, lr=1.0)
@@ -506,6 +525,41 @@ def test_momentum_that_has_seen_nothing_is_not_given_to_plain_torch():
     torch.testing.assert_close(param.detach(), torch.full((3,), 0.9))
 
 
+# ---- A base that is not fused, and its state -----------------------------------------------------------------------
+
+
+class MakesStateAtOnce(torch.optim.Optimizer):
+    """Counts its steps in state that its constructor makes, and never looks whether it is there."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["count"] = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["count"] += 1
+                param.sub_(group["lr"] * param.grad)
+
+
+@pytest.mark.parametrize("sigma", (0.0, 1.0))
+def test_a_base_may_make_its_state_in_its_constructor(sigma):
+    params = [Parameter(torch.ones(3)), Parameter(torch.ones(2))]
+    optimizer = FriendlySAM(params, MakesStateAtOnce, lr=0.1, sigma=sigma)
+    for count in (1, 2):
+        step(optimizer, 1.0)
+        assert [float(optimizer.state[param]["count"]) for param in params] == [count, count]
+        assert all(("ema" in optimizer.state[param]) == (sigma > 0) for param in params)
+    torch.testing.assert_close(params[0].detach(), torch.full((3,), 0.8))
+    resumed = FriendlySAM(params, MakesStateAtOnce, lr=0.1, sigma=sigma)
+    resumed.load_state_dict(optimizer.state_dict())
+    step(resumed, 1.0)
+    assert [float(resumed.state[param]["count"]) for param in params] == [3, 3]
+
+
 # ---- A base that is not fused, in a CUDA graph ---------------------------------------------------------------------
 
 
@@ -515,7 +569,7 @@ def test_a_captured_step_of_another_base_is_undone_on_the_device(monkeypatch):
     plain = FriendlySAM(twins, torch.optim.RMSprop, lr=0.1, momentum=0.9)
     step(optimizer, 1.0)
     step(plain, 1.0)
-    monkeypatch.setattr("fsam_ext.optimizer.host_may_read", lambda device: False)
+    monkeypatch.setattr("fsam_ext.step.passes.capturing", lambda device: True)
     for gradient in (torch.inf, 2.0, torch.nan, 0.5):
         step(optimizer, gradient)
         if gradient in (2.0, 0.5):
@@ -528,7 +582,7 @@ def test_a_captured_step_of_another_base_is_undone_on_the_device(monkeypatch):
 
 def test_the_first_step_of_another_base_is_not_captured(monkeypatch):
     optimizer = FriendlySAM([Parameter(torch.ones(3))], torch.optim.RMSprop, lr=0.1)
-    monkeypatch.setattr("fsam_ext.optimizer.host_may_read", lambda device: False)
+    monkeypatch.setattr("fsam_ext.step.passes.capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="RMSprop made its state within a CUDA graph"):
         step(optimizer, 1.0)
 

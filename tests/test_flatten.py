@@ -15,7 +15,11 @@ from .test_optimizer import BASES, backward, batches, network, one_step, worst
 
 
 def rows(optimizer) -> int:
-    return sum(len(segment.offsets) for segments, _ in optimizer._segments.values() for segment in segments)
+    return sum(
+        len(segment.offsets)
+        for number in range(len(optimizer.param_groups))
+        for segment in optimizer._passes.layout.segments_of(number)
+    )
 
 
 def test_values_shapes_strides_and_gradients_stay():

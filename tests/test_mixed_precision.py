@@ -9,10 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsam_ext import ops
-from fsam_ext.backends import reference
+from fsam_ext.backends import ops, reference
 
-from .conformance import BACKENDS, DTYPES, HALVES, LAYOUTS, Inputs, copied, dtype_id, identical, load, outside, slices
+from .conformance import (
+    BACKENDS,
+    DTYPES,
+    HALVES,
+    LAYOUTS,
+    Inputs,
+    copied,
+    dtype_id,
+    identical,
+    load,
+    outside,
+    slices,
+)
 
 EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 HALF = pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
@@ -39,7 +50,7 @@ class Call:
         self.state = [inputs.flat(0.1), inputs.flat(0.1), inputs.flat(0.1).square_()]  # average or momentum; Adam's
         self.stats = torch.full((ops.STATISTICS,), 2.0, dtype=torch.float64, device=device)
         self.found_inf = torch.zeros((), device=device)
-        self.steps = torch.full((len(params),), 3.0, device=device)
+        self.corrections = torch.full((len(params), 2), 0.3, dtype=inputs.state_dtype, device=device)
         self.scale = torch.tensor(3.0, device=device)
 
     def run(self, backend: Any, op: str, rounding: Tensor | None = None) -> None:
@@ -54,7 +65,7 @@ class Call:
             ops.restore_sgd(backend, *self.where, self.backup, average, *rest)
         else:
             numbers = (0.05, None, 0.9, 0.99, 1e-8, 0.1, True, False)
-            rest = (self.steps, self.stats, self.scale, self.found_inf, *numbers, rounding)
+            rest = (self.corrections, self.stats, self.scale, self.found_inf, *numbers, rounding)
             ops.restore_adam(backend, *self.where, self.backup, first, second, *rest)
 
 

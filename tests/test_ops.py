@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from fsam_ext import backends, ops
+from fsam_ext import backends
+from fsam_ext.backends import ops
 
 from .conformance import BACKENDS, DEVICE, Inputs, copied, identical
 
@@ -22,26 +23,30 @@ def calls(inputs: Inputs) -> dict[str, tuple]:
     device = inputs.device
     stats = torch.ones(ops.STATISTICS, dtype=torch.float64, device=device)
     steps = torch.ones(len(inputs.params), device=device)
+    index = torch.arange(len(inputs.params), device=device)
+    corrections = torch.ones(len(inputs.params), 2, dtype=inputs.state_dtype, device=device)
     params, grads, offsets = inputs.params, inputs.grads, inputs.offsets
     flat, backup, scale = inputs.flat, inputs.flat(dtype=inputs.dtype), torch.ones((), device=device)
     scratch = (inputs.partials, inputs.stats)
     effect = torch.zeros(ops.EFFECT * inputs.chunks, dtype=inputs.state_dtype, device=device)
+    journal = torch.zeros(1, dtype=torch.int64)
     forward = ops.FORWARD[None if inputs.dtype == torch.float64 else torch.bfloat16]
     return {
         "noise_norm": (params, grads, offsets, flat(), None, scale, 1.0, 0.9, True, False, *scratch),
         "perturb": (
             *(params, grads, offsets, flat(), None, backup, stats, None),
-            *(0.1, None, 1.0, 0.9, 1e-12, False, True, True, forward, effect),
+            *(0.1, None, 1.0, 0.9, 1e-12, False, True, True, forward, effect, journal),
         ),
-        "update_ema": (params, grads, offsets, flat(), None, stats, scale, None, 0.9),
+        "update_ema": (params, grads, offsets, flat(), None, stats, scale, None, 0.9, journal),
         "restore": (params, offsets, backup),
         "restore_sgd": (
             *(params, grads, offsets, backup, flat(), stats, scale, None),
-            *(0.1, None, 0.9, 0.0, 0.0, True, False, None),
+            *(0.1, None, 0.9, 0.0, 0.0, True, False, None, journal),
         ),
+        "count_steps": (steps, index, corrections, stats, None, 0.1, scale, 0.9, 0.99, journal),
         "restore_adam": (
-            *(params, grads, offsets, backup, flat(), flat().square_(), steps, stats, None, scale),
-            *(0.1, scale, 0.9, 0.99, 1e-8, 0.0, True, False, None),
+            *(params, grads, offsets, backup, flat(), flat().square_(), corrections, stats, None, scale),
+            *(0.1, scale, 0.9, 0.99, 1e-8, 0.0, True, False, None, journal),
         ),
     }
 
@@ -57,6 +62,7 @@ def mixed_calls(inputs: Inputs, stored: torch.dtype) -> dict[str, tuple]:
         "update_ema": {"ema": average.ema, "ema_scale": average.scale},
         "restore": {"backup": masters},
         "restore_sgd": {"rounding": rounding},
+        "count_steps": {},
         "restore_adam": {"backup": masters},
     }
     plain = calls(inputs)
@@ -92,13 +98,15 @@ def test_opcheck(name, op, mixed):
 def test_compile_fullgraph(name, op, mixed):
     """A compiled function that calls an op mutates the same tensors to the same bits."""
     torch._dynamo.reset()  # its limit of recompilations counts all parametrisations together
-    overload = getattr(BACKENDS[name](), op)
+    run = getattr(BACKENDS[name](), op)
     eager = call_of(op, mixed, DEVICE[name])
     compiled = copied(list(eager))
-    compiled[2 if op != "restore" else 1] = eager[2 if op != "restore" else 1]
+    names = list(inspect.signature(getattr(ops, op)).parameters)[1:]
+    if "offsets" in names:
+        compiled[names.index("offsets")] = eager[names.index("offsets")]
 
     def twice(arguments):
-        overload(*arguments)
+        run(*arguments)
         return arguments[0][0] * 2
 
     expected = twice(list(eager))
@@ -186,7 +194,15 @@ MISFITS = {
     ),
     "a short momentum buffer": ("restore_sgd", {"momentum_buffer": lambda m: m[:100]}, "momentum_buffer must be"),
     "a short second moment": ("restore_adam", {"exp_avg_sq": lambda v: v[:100]}, "exp_avg_sq must be"),
-    "a step count less": ("restore_adam", {"steps": lambda steps: steps[1:]}, "steps must be"),
+    "a correction less": ("restore_adam", {"corrections": lambda c: c[1:]}, "corrections must be"),
+    "corrections of another dtype": ("restore_adam", {"corrections": torch.Tensor.double}, "corrections must be"),
+    "float64 steps": ("count_steps", {"steps": torch.Tensor.double}, "steps must be a contiguous float32"),
+    "an int32 index": ("count_steps", {"index": torch.Tensor.int}, "index must be a contiguous int64"),
+    "a row without a member": ("count_steps", {"index": lambda i: i[1:]}, r"shape \[rows, 2\] with at most .*, 6"),
+    "flat corrections": ("count_steps", {"corrections": torch.Tensor.flatten}, r"corrections must have the shape"),
+    "16-bit corrections": ("count_steps", {"corrections": torch.Tensor.half}, "corrections must be a contiguous float"),
+    "integer stats": ("count_steps", {"stats": torch.Tensor.int}, "stats must be a contiguous"),
+    "an integer learning rate": ("count_steps", {"lr_tensor": torch.Tensor.int}, "lr_tensor must be"),
     "float rounding": ("restore_sgd", {"rounding": scales(2)}, "rounding must be a contiguous int64"),
     "a seed without a step": (
         "restore_adam",
@@ -214,6 +230,16 @@ def test_arguments_that_do_not_fit_change_nothing(name, misfit):
         getattr(BACKENDS[name](), op)(*call)
     for a, b in zip(_tensors(before), _tensors(call), strict=True):
         assert identical(a, b)
+
+
+@pytest.mark.parametrize("position", [-1, 7])
+def test_a_position_outside_the_counts_changes_nothing_on_the_cpu(position):
+    call = calls(Inputs("odd", torch.float32))["count_steps"]
+    call[1][3] = position
+    before = copied(list(call))
+    with pytest.raises(RuntimeError, match=rf"index\[3\] is {position}, which is no position in the 7 steps"):
+        BACKENDS["cpu"]().count_steps(*call)
+    assert all(map(identical, _tensors(before), _tensors(call)))
 
 
 @pytest.mark.parametrize("name", DISPATCHED)
@@ -256,6 +282,7 @@ def test_a_gpu_that_the_cuda_library_does_not_fit_goes_to_triton(monkeypatch):
     monkeypatch.delenv("FSAM_BACKEND", raising=False)
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.fsam_ext, "cuda_driver_problem", lambda: "", raising=False)
     served = backends._compiled("cuda", None, backends._misfit_of_cuda)
     monkeypatch.setitem(backends.CANDIDATES, "cuda", served)
     monkeypatch.setitem(backends.CANDIDATES, "triton", lambda device: ("triton's", None))

@@ -169,7 +169,7 @@ def test_sam_is_sigma_zero_and_keeps_no_average(adaptive):
     )
     assert worst(official, mine) < 1e-12
     assert not any("ema" in entry for entry in optimizer.state.values())
-    assert all("ema" not in flat.buffers for flat in optimizer._flats.values())
+    assert all("ema" not in flat.buffers for flat in optimizer._passes.layout.flats.values())
 
 
 def test_at_sigma_one_both_forms_of_the_average_point_the_same_way():
@@ -211,16 +211,17 @@ def test_several_dtypes_in_one_optimizer():
     assert {optimizer.state[p]["ema"].dtype for p in params} == {torch.float32, torch.float64}
 
 
-class OnTwoDevices(FriendlySAM):
+def on_two_devices(optimizer):
     """Every other parameter counts as on `cpu:0`: another device than `cpu` to the optimizer, the same to torch."""
+    layout = optimizer._passes.layout
+    kind_of, params = layout.kind_of, optimizer.param_groups[0]["params"]
 
-    def _by_kind(self, group, params):
-        kinds = {}
-        for param in params:
-            place = [q is param for q in self.param_groups[0]["params"]].index(True)
-            device = torch.device("cpu", 0) if place % 2 else param.device
-            kinds.setdefault(self._flat_state(group, param.dtype, device, None), []).append(param)
-        return kinds
+    def kind_there(group, param):
+        place = [q is param for q in params].index(True)
+        return kind_of(group, param)._replace(device=torch.device("cpu", 0) if place % 2 else param.device)
+
+    layout.kind_of = kind_there
+    return optimizer
 
 
 @pytest.mark.parametrize("base", ["sgd_momentum", "adamw"])
@@ -228,11 +229,11 @@ def test_several_devices_in_one_optimizer(base):
     """One norm over all of them, and a gradient that is not finite on one skips the step on each."""
     base, kwargs = BASES[base]
     mine, official = network(), network()
-    optimizer = OnTwoDevices(mine.parameters(), base, rho=0.2, **kwargs)
+    optimizer = on_two_devices(FriendlySAM(mine.parameters(), base, rho=0.2, **kwargs))
     data = list(batches(20))
     train(mine, optimizer, data)
     train(official, OfficialFriendlySAM(official.parameters(), base, rho=0.2, **kwargs), data)
-    assert len(optimizer._totals) == 2
+    assert len(optimizer._passes.norm.totals) == 2
     assert worst(official, mine) < 1e-12
     before = [p.detach().clone() for p in mine.parameters()]
     for half in (optimizer.first_step, optimizer.second_step):
@@ -484,7 +485,7 @@ def test_pointers_and_buffers_stay_where_they_are():
 
     def addresses():
         state = [t.data_ptr() for p in model.parameters() for t in optimizer.state[p].values()]
-        flats = [b.data_ptr() for flat in optimizer._flats.values() for b in flat.buffers.values()]
+        flats = [b.data_ptr() for flat in optimizer._passes.layout.flats.values() for b in flat.buffers.values()]
         return [p.data_ptr() for p in model.parameters()], state, flats
 
     before = addresses()

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from fsam_ext import FriendlySAM, ops
-from fsam_ext.backends import reference
-from fsam_ext.flat_state import aligned_numel
+from fsam_ext import FriendlySAM
+from fsam_ext.backends import ops, reference
+from fsam_ext.state.flat_state import aligned_numel
 
 from .conformance import BACKENDS, DTYPES, SUMMANDS, identical, unit
 

@@ -1,32 +1,29 @@
-"""The Triton backend beyond conformance: its ops in torch's eyes, its tables, its errors, and the code it compiles to.
+"""The Triton backend beyond conformance: its ops in torch's eyes, its tables, its numbers and its errors.
 
 Without a GPU the kernels run in Triton's interpreter (see conftest.py), which executes the same lines of Python that
-the compiler sees, and the compiler itself runs ahead of time for GPUs that are not there.
+the compiler sees. test_triton_launch.py has what the interpreter passes by.
 """
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from fsam_ext import _library, ops  # noqa: E402
-from fsam_ext.backends import reference  # noqa: E402
+from fsam_ext import _library  # noqa: E402
+from fsam_ext.backends import ops, reference  # noqa: E402
 from fsam_ext.backends import triton as backend  # noqa: E402
+from fsam_ext.backends.triton import rows, tables  # noqa: E402
+
+from .triton_gpu import run_python  # noqa: E402
 
 DEVICE = "cpu" if backend.INTERPRETED else "cuda"
 NAMESPACE = getattr(torch.ops, backend.NAMESPACE)
 NEEDS_CPU_LIBRARY = pytest.mark.skipif(_library.CPU_REASON is not None, reason=str(_library.CPU_REASON))
 
 # numpy, in the interpreter, warns of what a GPU does without a word.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
 
 
 def overload(name: str):
@@ -34,7 +31,7 @@ def overload(name: str):
 
 
 class Case:
-    """Rows of given shapes, with all the state that the six ops want."""
+    """Rows of given shapes, with all the state that the ops want."""
 
     def __init__(self, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, alignment: int = 32) -> None:
         self.params = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
@@ -47,7 +44,9 @@ class Case:
         self.ema, self.momentum, self.exp_avg = (torch.randn(self.numel, **state) for _ in range(3))
         self.exp_avg_sq = torch.rand(self.numel, **state)
         self.backup = torch.randn(self.numel, device=DEVICE).to(dtype)
-        self.steps = torch.arange(1.0, 1 + len(shapes), device=DEVICE)
+        self.steps = torch.arange(float(len(shapes)), device=DEVICE)
+        self.index = torch.arange(len(shapes), device=DEVICE)
+        self.corrections = torch.rand(len(shapes), 2, **state) + 0.5
         self.partials = torch.full((ops.count_chunks(numels) * ops.STATISTICS,), torch.nan, **state)
         self.stats = torch.ones(ops.STATISTICS, dtype=torch.float64, device=DEVICE)
         self.one = torch.ones((), device=DEVICE)
@@ -80,8 +79,9 @@ class Case:
             "update_ema": (p, g, o, self.ema, self.ema_scale, self.stats, self.one, None, 0.9),
             "restore": (p, o, self.backup),
             "restore_sgd": (p, g, o, self.backup, self.momentum, *after, 0.9, 0.0, 0.01, True, False, self.rounding),
+            "count_steps": (self.steps, self.index, self.corrections, self.stats, None, *rate, 0.9, 0.999),
             "restore_adam": (
-                *(p, g, o, self.backup, self.exp_avg, self.exp_avg_sq, self.steps, *after),
+                *(p, g, o, self.backup, self.exp_avg, self.exp_avg_sq, self.corrections, *after),
                 *(0.9, 0.999, 1e-8, 0.01, True, False, self.rounding),
             ),
         }[name]
@@ -155,7 +155,7 @@ def test_a_row_has_the_same_bits_with_and_without_a_table():
         case.params, case.grads = [together.params[i].clone()], [together.grads[i].clone()]
         for name in ("ema", "backup", "exp_avg", "exp_avg_sq"):
             setattr(case, name, getattr(together, name)[begin : begin + case.numel].clone())
-        case.steps = together.steps[i : i + 1].clone()
+        case.corrections = together.corrections[i : i + 1].clone()
     for name in ("noise_norm", "perturb", "restore_adam"):
         together.run(name)
         for case in apart:
@@ -173,9 +173,9 @@ def test_a_row_has_the_same_bits_with_and_without_a_table():
 
 
 def test_one_row_builds_no_table():
-    before = backend._table.cache_info().misses
+    before = tables.table.cache_info().misses
     Case((100,)).run("restore")
-    assert backend._table.cache_info().misses == before
+    assert tables.table.cache_info().misses == before
 
 
 def sgd_like_reference(case: Case) -> None:
@@ -190,7 +190,7 @@ def sgd_like_reference(case: Case) -> None:
 
 def test_the_table_is_kept_until_something_moves():
     case = Case((4, 6), (10,))
-    misses = lambda: backend._table.cache_info().misses  # noqa: E731
+    misses = lambda: tables.table.cache_info().misses  # noqa: E731
     sgd_like_reference(case)
     first = misses()
     sgd_like_reference(case)
@@ -222,21 +222,20 @@ def test_chunks_find_their_rows_among_thousands():
     numels = torch.randint(0, 3 * ops.CHUNK, (3000,)).tolist()
     numels[::7] = [0] * len(numels[::7])
     sizes, offsets = tuple((n,) for n in numels), tuple(range(3000))
-    rows = backend._rows(sizes, ((1,),) * 3000, (), (), offsets)
+    found = rows.rows_of(sizes, ((1,),) * 3000, (), (), offsets)
     expected = [row for row, n in enumerate(numels) for _ in range(-(-n // ops.CHUNK))]
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")
     for capturing in (False, True):
-        assert backend._rows_of_chunks.__wrapped__(rows, device, 0, capturing).tolist() == expected
-    assert rows.chunks == len(expected) and [expected.index(7 * i + 1) for i in range(5)] == [
-        rows.first_chunks[7 * i + 1] for i in range(5)
-    ]
+        assert tables.rows_of_chunks.__wrapped__(found, device, 0, capturing).tolist() == expected
+    assert found.chunks == len(expected)
+    assert [expected.index(7 * i + 1) for i in range(5)] == [found.first_chunks[7 * i + 1] for i in range(5)]
 
 
 @pytest.mark.parametrize("capturing", [False, True], ids=["copied", "as_kernel_arguments"])
 def test_addresses_arrive_exactly(capturing):
     """Also those above 2^53, which a double cannot hold, and Intel's, which have the highest bit set."""
     addresses = [0, 16, 2**53 + 1, 0x7F00_1234_5678_9AB1, 0xFF00_0000_0000_0013]
-    arrived = backend._to_device(addresses, torch.device(DEVICE), capturing).tolist()
+    arrived = tables.to_device(addresses, torch.device(DEVICE), capturing).tolist()
     assert [address % 2**64 for address in arrived] == addresses
 
 
@@ -285,13 +284,18 @@ def test_a_nan_survives_the_rounding():
     assert case.params[0].isnan().all()
 
 
-def test_the_bias_correction_is_that_of_fp64_for_long_runs():
-    case = Case(*[(4,)] * 6, dtype=torch.float64)
-    case.steps.copy_(torch.tensor([1.0, 2.0, 1000.0, 12345.0, 1e6, 2.0**24 - 1]))
-    expected = clones(case.arguments("restore_adam"))
-    reference.restore_adam(*expected)
-    case.run("restore_adam")
-    torch.testing.assert_close(case.params, expected[0], rtol=1e-13, atol=1e-13)
+@NEEDS_CPU_LIBRARY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.5, 1 - 2.0**-20)], ids=str)
+def test_step_counts_and_bias_corrections_have_the_bits_of_the_compiled_cpu_backend(dtype, betas):
+    """At every count that a program may meet; 300 members are three programs, and more members than rows."""
+    counts = torch.cat([torch.arange(250.0), torch.tensor([999.0, 12344.0, 1e6 - 1, 2.0**24 - 2]), torch.zeros(46)])
+    ours = [counts.to(DEVICE), torch.randperm(300, device=DEVICE), torch.empty(299, 2, dtype=dtype, device=DEVICE)]
+    theirs = [tensor.cpu().clone() for tensor in ours]
+    for namespace, tensors in ((NAMESPACE, ours), (torch.ops.fsam_ext, theirs)):
+        namespace.count_steps.default(*tensors, None, None, 0.3, None, *betas)
+    for ours_, theirs_ in zip(ours, theirs):
+        torch.testing.assert_close(ours_, theirs_, rtol=0, atol=0, check_device=False)
 
 
 def assert_same_bits_as_the_cpu_backend(case: Case, name: str) -> None:
@@ -309,7 +313,7 @@ def assert_same_bits_as_the_cpu_backend(case: Case, name: str) -> None:
 
 @NEEDS_CPU_LIBRARY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", ["perturb", "update_ema", "restore", "restore_sgd", "restore_adam"])
+@pytest.mark.parametrize("name", [name for name in ops.NAMES if name != "noise_norm"])
 def test_given_the_norm_the_bits_are_those_of_the_compiled_cpu_backend(name, dtype):
     case = Case((5000,), (33, 5), dtype=dtype)
     case.momentum[:7] = case.ema[:7] = torch.nan
@@ -380,7 +384,14 @@ BAD_CALLS = {
     "short momentum": ("restore_sgd", changed(momentum=lambda t: t[:30])),
     "exp_avg": ("restore_adam", changed(exp_avg=lambda t: t.double())),
     "exp_avg_sq": ("restore_adam", changed(exp_avg_sq=lambda t: t[:3])),
-    "steps": ("restore_adam", changed(steps=lambda t: t.long())),
+    "corrections": ("restore_adam", changed(torch.float64, corrections=lambda t: t.float())),
+    "short corrections": ("restore_adam", changed(corrections=lambda t: t[:1])),
+    "steps": ("count_steps", changed(steps=lambda t: t.long())),
+    "index": ("count_steps", changed(index=lambda t: t.int())),
+    "rows without members": ("count_steps", changed(index=lambda t: t[:1])),
+    "flat corrections": ("count_steps", changed(corrections=lambda t: t.view(-1))),
+    "half corrections": ("count_steps", changed(corrections=lambda t: t.half())),
+    "strided steps": ("count_steps", changed(steps=lambda t: torch.zeros(2 * t.numel())[::2])),
     "short partials": ("noise_norm", changed(partials=lambda t: t[:4])),
     "stats dtype": ("noise_norm", changed(stats=lambda t: t.float())),
     "integer scale": ("perturb", changed(one=lambda t: t.long())),
@@ -445,19 +456,6 @@ def test_it_says_which_devices_it_serves():
     assert "xpu" in backend.unavailable(torch.device("meta")) or "CPU" in backend.unavailable(torch.device("meta"))
 
 
-def run_python(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess:
-    """A Python of its own, without the interpreter of Triton."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        input=stdin,
-        text=True,
-        capture_output=True,
-        cwd=Path(__file__).parents[1],
-        env={**inherited, **environment},
-    )
-
-
 def test_without_the_interpreter_it_does_not_serve_the_cpu():
     code = "import torch; from fsam_ext.backends import triton; print(triton.unavailable(torch.device('cpu')))"
     done = run_python("-c", code)
@@ -468,69 +466,6 @@ def test_import_fsam_ext_does_not_import_triton():
     # torch may import triton for itself, so what counts is our module.
     done = run_python("-c", "import fsam_ext, sys; print('fsam_ext.backends.triton' in sys.modules)")
     assert done.stdout.strip() == "False", done.stderr
-
-
-# ---- Compiled ahead of time ------------------------------------------------------------------------------------------
-
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
-MAIN = [(name, dtype) for name in ("noise_norm", "perturb") for dtype in ("float32", "bfloat16")]
-REST = [
-    *((name, "float64") for name in ("noise_norm", "perturb")),
-    *(("restore", "float16"), ("restore_sgd", "bfloat16"), ("restore_adam", "float32"), ("sum_partials", "float32")),
-]
-# What averages in other dtypes, masters, stochastic rounding and the effect of a perturbation make of a kernel.
-VARIANTS = [
-    ("noise_norm", "float32", "none"),
-    ("perturb", "bfloat16", "none"),
-    ("noise_norm", "float32", "int8"),
-    ("noise_norm", "bfloat16", "bfloat16"),
-    ("perturb", "float32", "int8"),
-    ("perturb", "float16", "bfloat16"),
-    ("perturb", "bfloat16", "masters"),
-    ("perturb", "bfloat16", "effect"),
-    ("update_ema", "float32", ""),
-    ("update_ema", "bfloat16", "int8"),
-    ("restore", "bfloat16", "masters"),
-    ("restore_sgd", "bfloat16", "masters"),
-    ("restore_sgd", "float16", "rounding"),
-    ("restore_adam", "bfloat16", "rounding"),
-]
-# (kernel, dtype, variant, target, table)
-COMPILED = [
-    *((*kernel, "", target, True) for target in TARGETS for kernel in [*MAIN, ("restore_adam", "bfloat16")]),
-    *((*kernel, "", target, True) for target in ("sm_90", "gfx942") for kernel in REST),
-    *((*kernel, target, True) for target in ("sm_90", "gfx942") for kernel in VARIANTS),
-    *((*kernel, "", target, False) for target in ("sm_90", "gfx942") for kernel in MAIN[-1:]),
-]
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory) -> dict[tuple, dict[str, int]]:
-    """Facts about every kernel of COMPILED, from one process that compiles them all."""
-    cache = str(tmp_path_factory.mktemp("triton_cache"))
-    done = run_python("-m", "tests.triton_compiled", "--json", stdin=json.dumps(COMPILED), TRITON_CACHE_DIR=cache)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(COMPILED, json.loads(done.stdout), strict=True))
-
-
-@pytest.mark.parametrize("case", COMPILED, ids=lambda case: "-".join(map(str, case)))
-def test_compiled_code(compiled, case):
-    """No spills, 128-bit accesses for whole chunks, little shared memory, no contraction, IEEE division and roots."""
-    from . import triton_compiled
-
-    name, dtype, variant, _, _ = case
-    facts = compiled[case]
-    assert facts["spills"] == 0
-    assert facts["fused"] == 0
-    assert facts["approximate"] == 0
-    # Tiles pass through it to another layout, 8 bytes an element at most; a sum leaves one number for each warp.
-    assert facts["shared"] <= (128 if name in ("noise_norm", "sum_partials") else 4096)
-    for fact, tensors in (("vector_loads", triton_compiled.reads), ("vector_stores", triton_compiled.writes)):
-        needed = triton_compiled.vector_accesses(name, dtype, tensors(name, variant), variant)
-        # A compiler may unroll the loop over tiles; every tile then has its own.
-        assert facts[fact] >= needed and facts[fact] % max(needed, 1) == 0, fact
-    if name == "noise_norm":
-        assert facts["register_layouts"] == 1, "aligned and misaligned tensors would be summed in different orders"
 
 
 # ---- On a GPU --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """What Triton makes of our kernels for GPUs that are not here: registers, spills, shared memory, width of accesses.
 
-`python -m tests.triton_compiled` compiles ahead of time and prints the table of docs/triton.md; with `--json` it tells
-the facts that test_triton.py checks. It runs in a process of its own: under TRITON_INTERPRET=1 nothing is compiled.
+`python -m tests.triton_compiled` calls the ops on GPUs that are not there (triton_gpu.py) and prints the table of
+docs/triton.md; with `--json` it tells the facts that test_triton.py checks. It runs in a process of its own: under
+TRITON_INTERPRET=1 nothing is compiled.
 """
 
 from __future__ import annotations
@@ -12,36 +13,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from fsam_ext import ops
-from fsam_ext.backends import triton as backend
-from fsam_ext.backends import triton_kernels as kernels
+from fsam_ext.backends import ops
+from fsam_ext.backends.triton import kernels, launch, passes
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx90a": GPUTarget("hip", "gfx90a", 64),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx1100": GPUTarget("hip", "gfx1100", 32),
-}
+from .triton_gpu import TARGETS, FakeDriver, activate, kernel_parameters
+
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-NAMES_IN_TRITON = {
-    "float64": "fp64",
-    "float32": "fp32",
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "int64": "i64",
-    "int32": "i32",
-    "int8": "i8",
-}
 NAMES = (*ops.NAMES, "sum_partials")
 ASCENT = ("noise_norm", "perturb", "update_ema")  # whose m is the average
 
@@ -54,9 +36,9 @@ VARIANTS = {
     "restore": ("masters",),
     "restore_sgd": ("masters", "rounding"),
     "restore_adam": ("masters", "rounding"),
-    "sum_partials": (),
 }
 OF_HALVES = ("masters", "rounding")  # only 16-bit parameters have these
+SMALL = ("count_steps", "sum_partials")  # touch small tensors only, in the dtype of the state
 
 # Tensors that a pass reads and writes at full length: w, g, the backup b; state m (the average or a momentum) and v.
 READS = {
@@ -66,7 +48,6 @@ READS = {
     "restore": "b",
     "restore_sgd": "bgm",
     "restore_adam": "bgmv",
-    "sum_partials": "",
 }
 WRITES = {
     "noise_norm": "",
@@ -75,7 +56,6 @@ WRITES = {
     "restore": "w",
     "restore_sgd": "wm",
     "restore_adam": "wmv",
-    "sum_partials": "",
 }
 # Masters are where the ascent starts from, and what the updates write.
 READS_OF_MASTERS = {"perturb": "bgm"}
@@ -83,12 +63,12 @@ WRITES_OF_MASTERS = {"perturb": "wm", "restore_sgd": "wbm", "restore_adam": "wbm
 
 
 def reads(name: str, variant: str) -> str:
-    tensors = READS_OF_MASTERS.get(name, READS[name]) if variant == "masters" else READS[name]
+    tensors = READS_OF_MASTERS.get(name, READS[name]) if variant == "masters" else READS.get(name, "")
     return tensors.replace("m", "") if variant == "none" else tensors
 
 
 def writes(name: str, variant: str) -> str:
-    tensors = WRITES_OF_MASTERS.get(name, WRITES[name]) if variant == "masters" else WRITES[name]
+    tensors = WRITES_OF_MASTERS.get(name, WRITES[name]) if variant == "masters" else WRITES.get(name, "")
     return tensors.replace("m", "") if variant == "none" else tensors
 
 
@@ -100,64 +80,57 @@ def tensor_dtypes(name: str, dtype: str, variant: str) -> dict[str, torch.dtype]
     return {"w": stored, "g": stored, "b": state if variant == "masters" else stored, "m": average, "v": state}
 
 
-def compiled(name: str, dtype: str, variant: str, target: GPUTarget, table: bool = True):
-    """The kernel as a GPU would get it: with an average, momentum and weight decay, the table or one row.
+def arguments(op: str, dtype: str, variant: str, table: bool) -> tuple:
+    """A call with an average, momentum and weight decay, of two rows or one; the first is one whole chunk."""
+    types = tensor_dtypes(op, dtype, variant)
+    state = types["v"]
+    shapes = [(ops.CHUNK,), (64,)] if table else [(ops.CHUNK,)]
+    params, grads = ([torch.zeros(shape, dtype=types["w"]) for shape in shapes] for _ in "wg")
+    offsets = torch.tensor([0, ops.CHUNK][: len(shapes)])
+    numel = ops.CHUNK + ops.QUANTIZED
+    average = None if variant == "none" else torch.zeros(numel, dtype=types["m"])
+    scale = torch.zeros(numel // ops.QUANTIZED) if variant == "int8" else None
+    backup, first, second = (torch.zeros(numel, dtype=dtype) for dtype in (types["b"], state, state))
+    partials, corrections = torch.zeros(2, ops.STATISTICS, dtype=state), torch.ones(len(shapes), 2, dtype=state)
+    stats = torch.zeros(ops.STATISTICS, dtype=torch.float64)
+    effect = torch.zeros(2, ops.EFFECT, dtype=state) if variant == "effect" else None
+    rounding = torch.zeros(2, dtype=torch.int64) if variant == "rounding" else None
+    forward = 1 if variant == "effect" else 0
+    rows = (params, grads, offsets)
+    adam = (0.1, None, 0.9, 0.999)
+    return {
+        "noise_norm": (*rows, average, scale, None, 0.9, 0.9, False, False, partials, stats),
+        "perturb": (
+            *(*rows, average, scale, backup, stats, None, 0.1, None, 0.9, 0.9, 0.0),
+            *(False, False, True, forward, effect),
+        ),
+        "update_ema": (*rows, average, scale, stats, None, None, 0.9),
+        "restore": (params, offsets, backup),
+        "restore_sgd": (*(*rows, backup, first, stats, None, None, 0.1, None, 0.9, 0.0, 0.01, False, False, rounding),),
+        "count_steps": (torch.zeros(2), torch.arange(len(shapes)), corrections, stats, None, *adam),
+        "restore_adam": (
+            *(*rows, backup, first, second, corrections, stats, None, None, *adam, 1e-8, 0.01),
+            *(False, False, rounding),
+        ),
+    }[op]
 
-    ``variant`` is "" or one of VARIANTS.
-    """
-    torch_dtype = getattr(torch, dtype)
-    types = {key: str(of).removeprefix("torch.") for key, of in tensor_dtypes(name, dtype, variant).items()}
-    state = str(ops.compute_dtype(torch_dtype)).removeprefix("torch.")
-    average = types["m"] if name in ASCENT else state
-    constants = {
-        **{letter: getattr(tl, of) for letter, of in zip("TSMB", (dtype, state, average, types["b"]), strict=True)},
-        "BLOCK": backend.SUM_BLOCK if name == "sum_partials" else backend.tile(torch_dtype),
-        **dict.fromkeys(("ADAPTIVE", "UPDATED", "NESTEROV", "MAXIMIZE", "DECOUPLED"), False),
-        **dict.fromkeys(("DECAY", "FEEDS"), True),
-        "FORWARD": 1 if variant == "effect" else 0,
-        **dict.fromkeys(("params", "grads") if table else ("table", "rows_of_chunks")),
-        **dict.fromkeys(("grad_scale", "found_inf", "lr_tensor", "rho_tensor")),
-        **{
-            argument: None
-            for argument, needs in (("ema_scale", "int8"), ("rounding", "rounding"), ("effect", "effect"))
-            if variant != needs
-        },
-    }
-    if name == "restore":
-        constants["grads"] = None
-    if variant == "none":
-        constants |= {"ema": None, "M": None}
-    pointers = {
-        **dict.fromkeys(("params", "grads"), dtype),
-        "backup": types["b"],
-        "ema": average,
-        **dict.fromkeys(("momentum_buffer", "exp_avg", "exp_avg_sq", "partials", "effect"), state),
-        "ema_scale": "float32",
-        "steps": "float32",
-        "stats": "float64",
-        "table": "int64",
-        "rounding": "int64",
-        "rows_of_chunks": "int32",
-    }
+
+def compiled(name: str, dtype: str, variant: str, target: str, table: bool = True):
+    """The kernel that a call of its op launches. ``variant`` is "" or one of VARIANTS."""
+    activate(FakeDriver(TARGETS[target]))
     kernel = getattr(kernels, name)
-    signature, constexprs, attributes = {}, {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument], constexprs[(i,)] = "constexpr", constants[argument]
-        elif argument in pointers:
-            signature[argument], attributes[(i,)] = f"*{NAMES_IN_TRITON[pointers[argument]]}", [["tt.divisibility", 16]]
-        else:
-            signature[argument] = "i64" if argument in ("numel", "offset", "chunks") else "fp64"
-    options = {"num_warps": backend.threads(name, torch_dtype) // target.warp_size, "enable_fp_fusion": False}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    return triton.compile(source, target=target, options=options)
+    kernel.device_caches.clear()
+    op = "noise_norm" if name == "sum_partials" else name
+    getattr(passes, op)(*arguments(op, dtype, variant, table))
+    (made,) = (made for made_for_target, *_ in kernel.device_caches.values() for made in made_for_target.values())
+    return made
 
 
 def vector_accesses(name: str, dtype: str, tensors: str, variant: str = "") -> int:
     """128-bit accesses that one thread needs for its elements of ``tensors`` in one tile, narrower ones left out."""
     torch_dtype = getattr(torch, dtype)
-    elements = ops.CHUNK if name == "noise_norm" else backend.tile(torch_dtype)
-    per_thread = elements // backend.threads(name, torch_dtype)
+    elements = ops.CHUNK if name == "noise_norm" else launch.tile(torch_dtype)
+    per_thread = elements // launch.threads(name, torch_dtype)
     dtypes = tensor_dtypes(name, dtype, variant)
     return sum(per_thread * dtypes[tensor].itemsize // 16 for tensor in tensors)
 
@@ -203,12 +176,14 @@ def amd_facts(kernel) -> dict[str, int]:
     }
 
 
-def facts(name: str, dtype: str, variant: str, target: str, table: bool = True) -> dict[str, int]:
-    kernel = compiled(name, dtype, variant, TARGETS[target], table)
+def facts(name: str, dtype: str, variant: str, target: str, table: bool = True) -> dict[str, Any]:
+    kernel = compiled(name, dtype, variant, target, table)
     layouts = kernel.asm["ttgir"]
     return {
         **(nvidia_facts if "cubin" in kernel.asm else amd_facts)(kernel),
         "shared": kernel.metadata.shared,
+        "parameters": kernel_parameters(kernel),
+        "passed": sum(kind != "constexpr" for kind in kernel.src.signature.values()),
         "register_layouts": _count(r"(?m)^#blocked\w* = ", layouts) + _count("convert_layout", layouts),
     }
 
@@ -216,8 +191,8 @@ def facts(name: str, dtype: str, variant: str, target: str, table: bool = True) 
 def rows() -> Iterator[tuple[str, str, str]]:
     """Kernels, dtypes and variants of the table; float16 differs from bfloat16 by its conversions only."""
     for name in NAMES:
-        yield from ((name, dtype, "") for dtype in DTYPES)
-        for variant in VARIANTS[name]:
+        yield from ((name, dtype, "") for dtype in (DTYPES[:2] if name in SMALL else DTYPES))
+        for variant in VARIANTS.get(name, ()):
             yield from (
                 (name, dtype, variant) for dtype in DTYPES[1:3] if dtype != "float32" or variant not in OF_HALVES
             )
@@ -237,7 +212,7 @@ def main() -> None:
         shared, spills = (max(fact[key] for fact in found) for key in ("shared", "spills"))
         vectors = [vector_accesses(name, dtype, tensors(name, variant), variant) for tensors in (reads, writes)]
         print(
-            f"| {name} | {dtype} | {variant} | {backend.threads(name, getattr(torch, dtype))} |",
+            f"| {name} | {dtype} | {variant} | {launch.threads(name, getattr(torch, dtype))} |",
             f"{vectors[0]}, {vectors[1]} | {shared} B | {spills} |",
             *(f"{fact['registers']} |" for fact in found),
             flush=True,

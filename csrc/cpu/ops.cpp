@@ -4,8 +4,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "../library.h"
 #include "../op_arguments.h"
+#include "../threads.h"
 #include "isa.h"
 
 namespace fsam {
@@ -16,8 +19,9 @@ constexpr int64_t kChunksPerTask = 16;
 
 template <class Visit>
 void parallel_rows(const TensorTable& table, const Visit& visit) {
-  torch::stable::parallel_for(0, table.chunks, kChunksPerTask,
-                              [&](int64_t first, int64_t last) { table.for_rows(first, last, visit); });
+  const auto is_large = [](const Row& row) { return row.numel > kTorchsGrain; };
+  for_parts(table.chunks, kChunksPerTask, is_forked_child && std::ranges::any_of(table.rows, is_large),
+            [&](int64_t first, int64_t last) { table.for_rows(first, last, visit); });
 }
 
 // NOTE [streaming stores]
@@ -78,7 +82,9 @@ void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offse
 void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
              const OptionalTensor& ema_scale, const Tensor& backup, const Tensor& stats,
              const OptionalTensor& grad_scale, double rho, const OptionalTensor& rho_tensor, double sigma, double lmbda,
-             double eps, bool adaptive, bool ema_updated, bool feeds, int64_t forward, const OptionalTensor& effect) {
+             double eps, bool adaptive, bool ema_updated, bool feeds, int64_t forward, const OptionalTensor& effect,
+             const OptionalTensor& journal) {
+  const Journal written(journal);
   const Arguments args = arguments(params, &grads, offsets, true);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
@@ -110,6 +116,7 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
       }
     });
   });
+  written.wrote();
 }
 
 // Whether pass C only restores: the ascent or the scaler met a non-finite gradient.
@@ -119,7 +126,8 @@ bool update_is_skipped(const OptionalTensor& stats, const OptionalTensor& found_
 
 void update_ema(const Tensors& params, const Tensors& grads, const Tensor& offsets, const Tensor& ema,
                 const OptionalTensor& ema_scale, const OptionalTensor& stats, const OptionalTensor& grad_scale,
-                const OptionalTensor& found_inf, double lmbda) {
+                const OptionalTensor& found_inf, double lmbda, const OptionalTensor& journal) {
+  const Journal written(journal);
   const Arguments args = arguments(params, &grads, offsets, true);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
@@ -132,6 +140,7 @@ void update_ema(const Tensors& params, const Tensors& grads, const Tensor& offse
       leaf(static_cast<const T*>(row.grad) + begin, average, row.offset + begin, end - begin, scalars);
     });
   });
+  written.wrote();
 }
 
 // w = the saved weights, bit for bit; or the rounded masters, which is what the weights were.
@@ -177,7 +186,9 @@ void restore_and_update(const Arguments& args, const Saved<T>& saved, bool skip,
 void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
                  const OptionalTensor& momentum_buffer, const OptionalTensor& stats, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double momentum,
-                 double dampening, double weight_decay, bool nesterov, bool maximize, const OptionalTensor& rounding) {
+                 double dampening, double weight_decay, bool nesterov, bool maximize, const OptionalTensor& rounding,
+                 const OptionalTensor& journal) {
+  const Journal written(journal);
   const Arguments args = arguments(params, &grads, offsets, true);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
@@ -194,13 +205,43 @@ void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offs
           leaf(w, g, from, master, buffer ? buffer + at : nullptr, at, n, scalars, how, stream);
         });
   });
+  written.wrote();
+}
+
+void count_steps(const Tensor& steps, const Tensor& index, const Tensor& corrections, const OptionalTensor& stats,
+                 const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double beta1,
+                 double beta2, const OptionalTensor& journal) {
+  const Journal written(journal);
+  dispatch_state(corrections, [&](auto state) {
+    using S = decltype(state);
+    const StepCounts<S> counts = step_counts<S>(steps, index, corrections);
+    for (int64_t i = 0; i < counts.members; ++i) {
+      STD_TORCH_CHECK(counts.index[i] >= 0 && counts.index[i] < steps.numel(), "fsam_ext: index[", i, "] is ",
+                      counts.index[i], ", which is no position in the ", steps.numel(), " steps");
+    }
+    const double rate = value_or(lr_tensor, "lr_tensor", lr);
+    const float one = update_is_skipped(stats, found_inf) ? 0.0f : 1.0f;
+    BiasCorrection<S> correction{};
+    for (int64_t i = 0; i < counts.members; ++i) {
+      float& step = counts.steps[counts.index[i]];
+      step += one;
+      if (i >= counts.rows) continue;
+      // A power costs more than all else here, and most rows are at the same step as the one before.
+      if (i == 0 || step != counts.steps[counts.index[i - 1]])
+        correction = bias_correction<S>(rate, beta1, beta2, step);
+      counts.corrections[i] = correction;
+    }
+  });
+  written.wrote();
 }
 
 void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
-                  const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& steps, const OptionalTensor& stats,
-                  const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
-                  const OptionalTensor& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
-                  bool decoupled, bool maximize, const OptionalTensor& rounding) {
+                  const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& corrections,
+                  const OptionalTensor& stats, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                  double lr, const OptionalTensor& lr_tensor, double beta1, double beta2, double eps,
+                  double weight_decay, bool decoupled, bool maximize, const OptionalTensor& rounding,
+                  const OptionalTensor& journal) {
+  const Journal written(journal);
   const Arguments args = arguments(params, &grads, offsets, true);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
@@ -208,7 +249,7 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
     const Saved<T> saved = saved_weights<T>(backup, args);
     S* first = flat_data<S>(exp_avg, "exp_avg", args);
     S* second = flat_data<S>(exp_avg_sq, "exp_avg_sq", args);
-    const float* step = data_of<float>(steps, "steps", int64_t(args.table.rows.size()), args.place);
+    const BiasCorrection<S>* correction = corrections_of<S>(corrections, args);
     const Rounding how = rounding_of(rounding, args);
     const double rate = value_or(lr_tensor, "lr_tensor", lr);
     const auto scalars =
@@ -218,10 +259,10 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
     restore_and_update<T>(
         args, saved, update_is_skipped(stats, found_inf), 3 * sizeof(T) + 2 * sizeof(S),
         [&](T* w, const T* g, const T* from, S* master, const Row& row, int64_t at, int64_t n, bool stream) {
-          const auto correction = bias_correction<S>(rate, beta1, beta2, step[&row - rows]);
-          leaf(w, g, from, master, first + at, second + at, at, n, scalars, correction, how, stream);
+          leaf(w, g, from, master, first + at, second + at, at, n, scalars, correction[&row - rows], how, stream);
         });
   });
+  written.wrote();
 }
 
 // NOTE [huge pages]
@@ -252,6 +293,7 @@ FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, CPU, m) {
   m.impl("update_ema", TORCH_BOX(&fsam::update_ema));
   m.impl("restore", TORCH_BOX(&fsam::restore));
   m.impl("restore_sgd", TORCH_BOX(&fsam::restore_sgd));
+  m.impl("count_steps", TORCH_BOX(&fsam::count_steps));
   m.impl("restore_adam", TORCH_BOX(&fsam::restore_adam));
   m.impl("advise_huge_pages", TORCH_BOX(&fsam::advise_huge_pages));
 }

@@ -70,12 +70,23 @@ struct SgdArguments {
   bool nesterov, maximize;
 };
 
+template <class S>
+struct CountArguments {
+  float* steps;
+  const int64_t* index;
+  int64_t members, rows;
+  BiasCorrection<S>* corrections;
+  const double* stats;  // or null
+  Number found_inf, lr;
+  double beta1, beta2;
+};
+
 template <class T>
 struct AdamArguments {
   UpdateArguments<T> update;
   compute_t<T>* exp_avg;
   compute_t<T>* exp_avg_sq;
-  const float* steps;
+  const BiasCorrection<compute_t<T>>* corrections;  // of each row
   double beta1, beta2, eps, weight_decay;
   bool decoupled, maximize;
 };

@@ -17,13 +17,35 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, c
                           stream);
 }
 
+// How many chunks a block takes: NOTE [several chunks a block].
+inline int span_of(int64_t chunks) {
+  int span = 1;
+  while (span < kMaxSpan && chunks / (2 * span) >= kBlocksToSpare) span *= 2;
+  return span;
+}
+
+// Where the search for a block's row begins and ends.
+template <class Rows>
+void set_hints(Rows& table) {
+  table.hint_shift = 0;
+  while ((table.large_blocks >> table.hint_shift) >= kHints) ++table.hint_shift;
+  int row = 0;
+  for (int i = 0; i <= kHints; ++i) {
+    while (row + 1 < table.large && table.first_block[row + 1] <= int64_t(i) << table.hint_shift) ++row;
+    table.hint[i] = int16_t(row);
+  }
+}
+
 // Calls queue(table, blocks) for tables that hold all rows: the large ones first, then those of one warp.
 template <class Rows, class Id, class Queue>
 cudaError_t for_tables(const TensorTable& all, const Id& id, const Queue& queue) {
+  const int64_t tables = (int64_t(all.rows.size()) + Rows::kCapacity - 1) / Rows::kCapacity;
   Rows table;
+  table.span = span_of(tables > 0 ? all.chunks / tables : 0);
   table.rows = table.large = table.large_blocks = 0;
   const auto flush = [&] {
     const int small = table.rows - table.large;
+    set_hints(table);
     const cudaError_t error = queue(table, table.large_blocks + (small + kWarps - 1) / kWarps);
     table.rows = table.large = table.large_blocks = 0;
     return error;
@@ -42,7 +64,7 @@ cudaError_t for_tables(const TensorTable& all, const Id& id, const Queue& queue)
       table.id[at] = int32_t(id(row));
       if (large) {
         table.first_block[at] = table.large_blocks;
-        table.large_blocks += int32_t((row.numel + kChunk - 1) / kChunk);
+        table.large_blocks += int32_t((row.numel + table.span * kChunk - 1) / (table.span * kChunk));
         table.large = table.rows;
       }
     }
@@ -53,7 +75,8 @@ cudaError_t for_tables(const TensorTable& all, const Id& id, const Queue& queue)
 template <class Tag>
 using Of = typename Tag::type;
 
-// Launches over all rows the kernel that kernels(tag) names for a type of table: the small one where all rows fit it.
+// Launches over all rows the kernel that kernels(tag) names for a type of table: the smallest one that all rows fit, or
+// as many of the largest as it takes.
 template <class Kernels, class Id, class Arguments>
 cudaError_t launch_tables(const TensorTable& all, const Id& id, const Kernels& kernels, const Arguments& arguments,
                           cudaStream_t stream) {
@@ -65,6 +88,7 @@ cudaError_t launch_tables(const TensorTable& all, const Id& id, const Kernels& k
     });
   };
   if (all.rows.size() <= kSmallTable) return with(std::type_identity<Table<kSmallTable>>{});
+  if (all.rows.size() <= kMiddleTable) return with(std::type_identity<Table<kMiddleTable>>{});
   return with(std::type_identity<Table<kLargeTable>>{});
 }
 
@@ -145,6 +169,12 @@ cudaError_t launch_restore_sgd(const TensorTable& rows, const SgdArguments<T>& a
         rows, kFirstChunk, [](auto tag) { return &restore_sgd_kernel<T, kMaster, true, Of<decltype(tag)>>; }, arguments,
         stream);
   });
+}
+
+template <class S>
+cudaError_t launch_count_steps(const CountArguments<S>& arguments, cudaStream_t stream) {
+  const int64_t blocks = (arguments.members + kCountThreads - 1) / kCountThreads;
+  return launch(&count_steps_kernel<S>, blocks, kCountThreads, stream, arguments);
 }
 
 template <class T>

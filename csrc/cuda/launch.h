@@ -28,6 +28,10 @@ cudaError_t launch_restore(const TensorTable& rows, const RestoreArguments<T>& a
 template <class T>
 cudaError_t launch_restore_sgd(const TensorTable& rows, const SgdArguments<T>& arguments, cudaStream_t stream);
 
+// For the two types of arithmetic, not for each storage type.
+template <class S>
+cudaError_t launch_count_steps(const CountArguments<S>& arguments, cudaStream_t stream);
+
 template <class T>
 cudaError_t launch_restore_adam(const TensorTable& rows, const AdamArguments<T>& arguments, cudaStream_t stream);
 

@@ -4,4 +4,5 @@
 
 namespace fsam::cuda {
 FSAM_INSTANTIATE_LAUNCHES(double)
+template cudaError_t launch_count_steps<double>(const CountArguments<double>&, cudaStream_t);
 }  // namespace fsam::cuda

@@ -4,4 +4,5 @@
 
 namespace fsam::cuda {
 FSAM_INSTANTIATE_LAUNCHES(float)
+template cudaError_t launch_count_steps<float>(const CountArguments<float>&, cudaStream_t);
 }  // namespace fsam::cuda

@@ -6,6 +6,7 @@
 
 #include "../library.h"
 #include "../op_arguments.h"
+#include "driver.h"
 #include "launch.h"
 
 namespace fsam::cuda {
@@ -54,10 +55,7 @@ void on_device(int32_t device, const Launch& launch) {
   const cudaError_t error = launch(current_stream(device));
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next launch would report it again
-  STD_TORCH_CHECK(false, "fsam_ext: a CUDA kernel could not be launched: ", cudaGetErrorString(error),
-                  error == cudaErrorNoKernelImageForDevice
-                      ? "; build fsam_ext with this GPU's compute capability in TORCH_CUDA_ARCH_LIST"
-                      : "");
+  STD_TORCH_CHECK(false, "fsam_ext: a CUDA kernel could not be launched: ", cudaGetErrorString(error), advice(error));
 }
 
 // An optional number that lives in a tensor of one element.
@@ -104,7 +102,9 @@ void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offse
 void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
              const OptionalTensor& ema_scale, const Tensor& backup, const Tensor& stats,
              const OptionalTensor& grad_scale, double rho, const OptionalTensor& rho_tensor, double sigma, double lmbda,
-             double eps, bool adaptive, bool ema_updated, bool feeds, int64_t forward, const OptionalTensor& effect) {
+             double eps, bool adaptive, bool ema_updated, bool feeds, int64_t forward, const OptionalTensor& effect,
+             const OptionalTensor& journal) {
+  const Journal written(journal);
   const Arguments args = checked_arguments(params, &grads, offsets);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
@@ -126,11 +126,13 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
                                      data_of<S>(effect, "effect", args.table.chunks * kEffect, args.place)};
     on_device(args.place.index, [&](cudaStream_t stream) { return launch_perturb<T>(args.table, values, stream); });
   });
+  written.wrote();
 }
 
 void update_ema(const Tensors& params, const Tensors& grads, const Tensor& offsets, const Tensor& ema,
                 const OptionalTensor& ema_scale, const OptionalTensor& stats, const OptionalTensor& grad_scale,
-                const OptionalTensor& found_inf, double lmbda) {
+                const OptionalTensor& found_inf, double lmbda, const OptionalTensor& journal) {
+  const Journal written(journal);
   const Arguments args = checked_arguments(params, &grads, offsets);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
@@ -139,6 +141,7 @@ void update_ema(const Tensors& params, const Tensors& grads, const Tensor& offse
         number(grad_scale, "grad_scale", 1.0, args.place), number(found_inf, "found_inf", 0.0, args.place), lmbda};
     on_device(args.place.index, [&](cudaStream_t stream) { return launch_update_ema<T>(args.table, values, stream); });
   });
+  written.wrote();
 }
 
 void restore(const Tensors& params, const Tensor& offsets, const Tensor& backup) {
@@ -169,7 +172,9 @@ UpdateArguments<T> update_arguments(const Arguments& args, const OptionalTensor&
 void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
                  const OptionalTensor& momentum_buffer, const OptionalTensor& stats, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double momentum,
-                 double dampening, double weight_decay, bool nesterov, bool maximize, const OptionalTensor& rounding) {
+                 double dampening, double weight_decay, bool nesterov, bool maximize, const OptionalTensor& rounding,
+                 const OptionalTensor& journal) {
+  const Journal written(journal);
   const Arguments args = checked_arguments(params, &grads, offsets);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
@@ -184,13 +189,40 @@ void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offs
         maximize};
     on_device(args.place.index, [&](cudaStream_t stream) { return launch_restore_sgd<T>(args.table, values, stream); });
   });
+  written.wrote();
+}
+
+// `index` is on the device, where its entries are not looked at before they are used.
+void count_steps(const Tensor& steps, const Tensor& index, const Tensor& corrections, const OptionalTensor& stats,
+                 const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double beta1,
+                 double beta2, const OptionalTensor& journal) {
+  const Journal written(journal);
+  dispatch_state(corrections, [&](auto state) {
+    using S = decltype(state);
+    const StepCounts<S> counts = step_counts<S>(steps, index, corrections);
+    const CountArguments<S> values{counts.steps,
+                                   counts.index,
+                                   counts.members,
+                                   counts.rows,
+                                   counts.corrections,
+                                   data_of<double>(stats, "stats", kStatistics, counts.place),
+                                   number(found_inf, "found_inf", 0.0, counts.place),
+                                   number(lr_tensor, "lr_tensor", lr, counts.place),
+                                   beta1,
+                                   beta2};
+    if (counts.members == 0) return;
+    on_device(counts.place.index, [&](cudaStream_t stream) { return launch_count_steps<S>(values, stream); });
+  });
+  written.wrote();
 }
 
 void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
-                  const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& steps, const OptionalTensor& stats,
-                  const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
-                  const OptionalTensor& lr_tensor, double beta1, double beta2, double eps, double weight_decay,
-                  bool decoupled, bool maximize, const OptionalTensor& rounding) {
+                  const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& corrections,
+                  const OptionalTensor& stats, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                  double lr, const OptionalTensor& lr_tensor, double beta1, double beta2, double eps,
+                  double weight_decay, bool decoupled, bool maximize, const OptionalTensor& rounding,
+                  const OptionalTensor& journal) {
+  const Journal written(journal);
   const Arguments args = checked_arguments(params, &grads, offsets);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
@@ -199,7 +231,7 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
         update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor, rounding),
         flat_data<S>(exp_avg, "exp_avg", args),
         flat_data<S>(exp_avg_sq, "exp_avg_sq", args),
-        data_of<float>(steps, "steps", int64_t(args.table.rows.size()), args.place),
+        corrections_of<S>(corrections, args),
         beta1,
         beta2,
         eps,
@@ -209,6 +241,7 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
     on_device(args.place.index,
               [&](cudaStream_t stream) { return launch_restore_adam<T>(args.table, values, stream); });
   });
+  written.wrote();
 }
 
 }  // namespace
@@ -226,5 +259,6 @@ FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, FSAM_DISPATCH_KEY, m) {
   m.impl("update_ema", TORCH_BOX(&fsam::cuda::update_ema));
   m.impl("restore", TORCH_BOX(&fsam::cuda::restore));
   m.impl("restore_sgd", TORCH_BOX(&fsam::cuda::restore_sgd));
+  m.impl("count_steps", TORCH_BOX(&fsam::cuda::count_steps));
   m.impl("restore_adam", TORCH_BOX(&fsam::cuda::restore_adam));
 }

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .. import _library, ops
-from . import reference
+from .. import _library
+from . import ops, reference
 
 logger = logging.getLogger("fsam_ext")
 
@@ -52,6 +52,9 @@ def _misfit_of_cuda(device: torch.device) -> str | None:
         return "its kernels are for NVIDIA's GPUs, and this torch is for AMD's"
     if not torch.cuda.is_available():
         return "torch finds no GPU"
+    problem = torch.ops.fsam_ext.cuda_driver_problem()  # csrc/cuda/driver.cpp, NOTE [a driver of its own age]
+    if problem:
+        return problem
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         return "its kernels need compute capability {}.{}, and {} has {}.{}".format(

@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from fsam_ext import FriendlySAM, distributed
+from fsam_ext import FriendlySAM
+from fsam_ext.step import distributed
 
 from ..conformance import identical
 from .ranks import run
@@ -134,7 +135,7 @@ def bytes_of_state(base):
         param.grad = torch.ones_like(param)
     optimizer.first_step()
     optimizer.second_step()
-    buffers = [buffer for flat in optimizer._flats.values() for buffer in flat.buffers.values()]
+    buffers = [buffer for flat in optimizer._passes.layout.flats.values() for buffer in flat.buffers.values()]
     return sum(buffer.nbytes for buffer in buffers), bench.predicted_bytes(37, 4, bench.BASES[base])
 
 

@@ -1,0 +1,83 @@
+// Pass C with SGD.
+#pragma once
+
+#include "restore.cuh"
+
+namespace fsam::cuda {
+
+template <class T, bool kMaster, bool kMomentum>
+struct RestoreSgd : NoSums {
+  using S = compute_t<T>;
+  Weights<T, kMaster> weights;
+  const T* g;
+  S* momentum_buffer;
+  SgdScalars<S> s;
+
+  struct Loaded {
+    typename Weights<T, kMaster>::Loaded w;
+    Pack<T, kGroup<T>> g;
+    Pack<S, kGroup<T>> momentum_buffer;
+  };
+  __device__ __forceinline__ void move(int by) {
+    weights.move(by);
+    g += by;
+    if constexpr (kMomentum) momentum_buffer += by;
+  }
+  template <class Access>
+  __device__ __forceinline__ void load(Access access, int beyond, Loaded& x) const {
+    weights.load(access, beyond, x.w);
+    access.template load<Reuse::late>(g + beyond, x.g);
+    if constexpr (kMomentum) access.template load<Reuse::late>(momentum_buffer + beyond, x.momentum_buffer);
+  }
+  template <class Access>
+  __device__ __forceinline__ void finish(Access access, int beyond, Loaded& x) const {
+    S updated[kGroup<T>];
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) {
+      S buffer(0);
+      if constexpr (kMomentum) buffer = x.momentum_buffer.v[j];
+      updated[j] = sgd<kMomentum>(S(widen_at(x.w, j)), S(widen_at(x.g, j)), buffer, s);
+      if constexpr (kMomentum) x.momentum_buffer.v[j] = buffer;
+    }
+    weights.store(access, beyond, updated);
+    if constexpr (kMomentum) access.template store<Reuse::late>(momentum_buffer + beyond, x.momentum_buffer);
+  }
+};
+
+template <class S>
+struct SgdPrologue {
+  SgdScalars<S> scalars;
+  uint32_t key;
+  bool skip;
+};
+
+template <class T, bool kMaster, bool kMomentum, class Rows>
+__global__ void __launch_bounds__(
+    kThreads, kBlocksFor<T, (kMaster ? 4 : int(sizeof(T))) + int(sizeof(T)) + (kMomentum ? kBytesOf<compute_t<T>> : 0)>)
+    restore_sgd_kernel(const Rows __grid_constant__ table, const SgdArguments<T> a) {
+  using S = compute_t<T>;
+  using Prologue = SgdPrologue<S>;
+  CUDA_SHARED(Prologue, prologue);
+  const Piece piece = piece_of(table, threadIdx.x / kWarp);
+  const Weights<T, kMaster> weights = weights_of<T, kMaster>(table, piece, a.update);
+  const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
+  S* momentum_buffer = kMomentum ? a.momentum_buffer + weights.position : nullptr;
+  RestoreSgd<T, kMaster, kMomentum> work{{}, weights, g, momentum_buffer, {}};
+  const auto ready = [&](auto& walked) {
+    if (threadIdx.x == 0) {
+      prologue.scalars = sgd_scalars<S>(1.0 / value_of(a.update.grad_scale), value_of(a.update.lr), a.momentum,
+                                        a.dampening, a.weight_decay, a.nesterov, a.maximize);
+      prologue.key = key_of(a.update);
+      prologue.skip = skips(a.update);
+    }
+    __syncthreads();
+    walked.s = prologue.scalars;
+    walked.weights.key = prologue.key;
+    return !prologue.skip;
+  };
+  if (!walk<T>(piece, weights.aligned() && is_aligned(g, momentum_buffer), work, ready)) {
+    restore<T, kMaster>(piece, weights.w, a.update.backup == nullptr ? nullptr : weights.from, weights.master);
+  }
+}
+
+}  // namespace fsam::cuda

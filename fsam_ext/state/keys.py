@@ -1,0 +1,41 @@
+"""The names of options and state that are F-SAM's and not the base's, and what follows from a group's options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..backends.ops import compute_dtype
+
+# The param-group keys that are not the base optimizer's. Those of LAYOUT say how state is kept: a checkpoint's state is
+# converted to them.
+LAYOUT = ("ema_dtype", "master_weights", "stochastic_rounding", "forward_dtype", "ema_source")
+NAMES = ("rho", "sigma", "lmbda", "adaptive", "ema", "perturb_eps", *LAYOUT)
+# The number of steps taken: what a schedule and stochastic rounding count by.
+STEP = "fsam_step"
+# The form of the checkpoint, of which a group is the only part that torch.distributed.checkpoint keeps whole.
+FORMAT = "fsam_format"
+OWN_OPTIONS = (*NAMES, STEP, FORMAT)
+
+# State that F-SAM adds to a base optimizer's.
+OWN_STATE = ("ema", "ema_scale", "master")
+# State that has its parameter's shape.
+SHAPED = ("ema", "master", "momentum_buffer", "exp_avg", "exp_avg_sq")
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def uses_ema(group: dict[str, Any]) -> bool:
+    """Whether a group keeps an average: SAM (sigma = 0) does not."""
+    return group["sigma"] != 0
+
+
+def ema_dtype(group: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """What stores the average of a group's parameters of ``dtype``."""
+    return group["ema_dtype"] or compute_dtype(dtype)
+
+
+def has_masters(group: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether a group's parameters of ``dtype`` have float32 masters."""
+    return bool(group["master_weights"]) and dtype in LOW_PRECISION

@@ -1,0 +1,285 @@
+"""Who takes part in a pass: the parameters that have a gradient now, in segments, each with its state.
+
+It tells whether what it knows is still so, and makes anew what is not; that nothing is perturbed then is its caller's
+business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import backends
+from ..backends.capture import check_state_may_be_made
+from ..state import checkpoints, keys, shards
+from ..state.flat_state import FlatState, Kind
+from ..state.tensors import check_disjoint, check_gradient, check_parameter, name_of
+from .base_update import FusedBase
+from .held import swaps
+from .segments import KnownTensors, Segment, same_objects
+
+# NOTE [lists are checked, not trusted]
+# Frameworks edit ``group["params"]`` and set gradients to None as they like, so every pass compares the lists, object
+# by object, with those that the segments were made from. Parameters may be cast, moved or reshaped through ``p.data``;
+# tensors in ``state`` may be replaced, and then count, or removed, and then start anew.
+
+
+class Participant(NamedTuple):
+    """A segment that takes part in a pass, its options and its gradients, row by row."""
+
+    group: dict[str, Any]
+    segment: Segment
+    grads: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the segments were made from, replaced as a whole: NOTE [layouts are replaced, not changed]."""
+
+    flats: dict[Kind, FlatState] = field(default_factory=dict)
+    # of each group: its segments, and the options that they depend on
+    segments: dict[int, tuple[list[Segment], tuple[Any, ...]]] = field(default_factory=dict)
+    # ``state`` itself, its keys, and a copy of its entries
+    state: tuple[Any, KnownTensors, list[Any]] | None = None
+    swaps: bool = False
+
+
+class Layout:
+    """The participants of an optimizer's passes.
+
+    Args:
+        backend: name of the backend that has to serve, or None.
+        fused: the base's update, or None where the base is not fused.
+    """
+
+    def __init__(self, backend: str | None, fused: FusedBase | None) -> None:
+        self._backend = backend
+        self._fused = fused
+        self._known = Known()
+        self._meshes: dict[int, tuple[list[Tensor], dict[Any, torch.device]]] = {}
+
+    @property
+    def flats(self) -> dict[Kind, FlatState]:
+        """The flat buffers, by what the parameters in each have in common."""
+        return self._known.flats
+
+    def segments_of(self, number: int) -> list[Segment]:
+        """The segments that a group was last cut into."""
+        return self._known.segments.get(number, ([], ()))[0]
+
+    # ---- What is still so ------------------------------------------------------------------------------------------
+
+    def current(self, groups: list[dict[str, Any]], state: Any, check_state: bool) -> list[Participant] | None:
+        """Every parameter that has a gradient now, or None where the segments are not theirs: :meth:`renew`.
+
+        Args:
+            check_state: look at ``state`` too, between steps.
+        """
+        if self._known.swaps != swaps() or (check_state and not self._state_is_known(state)):
+            self._known = Known(self._known.flats)
+        result = []
+        for number, group in enumerate(groups):
+            grads = self._current_grads(number, group)
+            if grads is None:
+                return None
+            result += map(partial(Participant, group), self.segments_of(number), grads)
+        return result
+
+    def _current_grads(self, number: int, group: dict[str, Any]) -> list[Sequence[Tensor]] | None:
+        """The gradients of each segment, or None where the segments are not those of the group."""
+        segments, structure = self._known.segments.get(number, ([], ()))
+        if structure != self._structure(group):
+            return None
+        params = group["params"]
+        if len(segments) == 1 and len(segments[0].params) == len(params):
+            return _all_or_none([segments[0].current_grads(params)])
+        params = [param for param in params if param.grad is not None]
+        if len(segments) == 1:
+            return _all_or_none([segments[0].current_grads(params)])
+        kinds = self._by_kind(group, params)
+        if [segment.flat for segment in segments] != [self._known.flats.get(kind) for kind in kinds]:
+            return None
+        return _all_or_none([segment.current_grads(kinds[segment.flat.kind]) for segment in segments])
+
+    def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The options that decide which state a group has and how it is kept."""
+        base = self._fused.state_names(group) if self._fused else ()
+        return keys.uses_ema(group), base, *(group[name] for name in keys.LAYOUT)
+
+    def kind_of(self, group: dict[str, Any], param: Tensor) -> Kind:
+        """What a parameter has in common with those whose flat buffers it shares."""
+        dtype, sharding = param.dtype, None if type(param) is Parameter else shards.sharding(param)
+        return Kind(dtype, param.device, keys.ema_dtype(group, dtype), keys.has_masters(group, dtype), sharding)
+
+    def _by_kind(self, group: dict[str, Any], params: Sequence[Tensor]) -> dict[Kind, list[Tensor]]:
+        kinds: dict[Kind, list[Tensor]] = {}
+        for param in params:
+            kinds.setdefault(self.kind_of(group, param), []).append(param)
+        return kinds
+
+    def _entries(self, state: Any) -> list[Any]:
+        """What ``state`` holds of tensors that the flat buffers are behind."""
+        if self._fused is not None:
+            return list(state.values())
+        return [{name: entry.get(name) for name in keys.OWN_STATE} for entry in state.values()]
+
+    def _state_is_known(self, state: Any) -> bool:
+        """Whether ``state`` holds the tensors that were put there: segments.py, NOTE [lists compare themselves]."""
+        if self._known.state is None:
+            return not state
+        known, params, entries = self._known.state
+        try:
+            return known is state and params.are(list(state)) and entries == self._entries(state)
+        except RuntimeError:
+            return False
+
+    # ---- What is made anew -----------------------------------------------------------------------------------------
+
+    def _stale(self, groups: list[dict[str, Any]]) -> set[int]:
+        return {number for number, group in enumerate(groups) if self._current_grads(number, group) is None}
+
+    def check(self, groups: list[dict[str, Any]], state: Any) -> None:
+        """Raises for a parameter, its gradient or its state that could not be cut anew, before anything changes."""
+        for number in self._stale(groups):
+            _check_members(groups[number]["params"], state, partial(name_of, groups))
+
+    def renew(self, groups: list[dict[str, Any]], state: Any) -> None:
+        """Cuts the groups that have changed anew. All of it is made aside before anything changes.
+
+        To be called after :meth:`check`.
+
+        Raises:
+            ValueError: parameters share memory.
+            RuntimeError: a graph is being captured, whose replays would do this again.
+        """
+        stale = self._stale(groups)
+        everyone = [param for group in groups for param in group["params"]]
+        flats = {kind: flat for kind, flat in self.flats.items() if not flat.is_mostly_unused(everyone)}
+        members = [self._members(n, group, n in stale) for n, group in enumerate(groups)]
+        for kind in {kind for number in stale for kind in members[number]}:
+            check_state_may_be_made(kind.device)
+        for kind in self._entangled(members, state):
+            flats.pop(kind, None)
+        for kind in {kind: None for kinds in members for kind in kinds}:
+            having = [(group, kinds[kind]) for group, kinds in zip(groups, members) if kind in kinds]
+            params = [param for _, params in having for param in params]
+            names = {name: None for group, _ in having for name in self._buffers(group, kind)}
+            flats[kind] = flats.get(kind, FlatState(kind)).extended(params, names)
+        for number, kinds in enumerate(members):
+            if any(self.flats.get(kind) is not flats[kind] for kind in kinds):
+                stale.add(number)
+        segments = {n: pair for n, pair in self._known.segments.items() if n < len(groups) and n not in stale}
+        published: list[tuple[Tensor, dict[str, Any]]] = []
+        for number in stale:
+            group = groups[number]
+            for kind, params in members[number].items():
+                published += self._take_over(group, flats[kind], params, state)
+            cut = [self._segment(group, flats[kind], params) for kind, params in members[number].items()]
+            segments[number] = (cut, self._structure(group))
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for cut, _ in segments.values():
+            for segment in cut:
+                by_device.setdefault(segment.flat.device, []).extend(segment.params)
+        for params in by_device.values():
+            check_disjoint(params, partial(name_of, groups))
+        for param, own in published:
+            checkpoints.adopt(state[param], own)
+        entries = [dict(entry) if isinstance(entry, dict) else entry for entry in self._entries(state)]
+        self._known = Known(flats, segments, (state, KnownTensors(list(state)), entries), swaps())
+
+    def _members(self, number: int, group: dict[str, Any], stale: bool) -> dict[Kind, list[Tensor]]:
+        """Those of a group that have a gradient, by kind."""
+        if stale:
+            return self._by_kind(group, [param for param in group["params"] if param.grad is not None])
+        return {segment.flat.kind: segment.params for segment in self.segments_of(number)}
+
+    def _buffers(self, group: dict[str, Any], kind: Kind) -> tuple[str, ...]:
+        """The flat buffers that a group's parameters of a kind need."""
+        return (*self._state_names(group, kind), *(() if kind.masters else ("backup",)))
+
+    def _state_names(self, group: dict[str, Any], kind: Kind) -> tuple[str, ...]:
+        quantized = kind.ema_dtype == torch.int8
+        ema = () if not keys.uses_ema(group) else ("ema", "ema_scale") if quantized else ("ema",)
+        return ema + (("master",) if kind.masters else ()) + (self._fused.state_names(group) if self._fused else ())
+
+    def _entangled(self, members: list[dict[Kind, list[Tensor]]], state: Any) -> set[Kind]:
+        """The kinds of which some ``state`` lies where another parameter's is to be: they move to new buffers."""
+        found = set()
+        for kinds in members:
+            for kind, params in kinds.items():
+                flat = self.flats.get(kind)
+                if flat is not None and any(
+                    isinstance(value, Tensor) and flat.shares(name, param, shards.local(value))
+                    for param in params
+                    for name, value in state.get(param, {}).items()
+                ):
+                    found.add(kind)
+        return found
+
+    def _take_over(
+        self, group: dict[str, Any], flat: FlatState, params: list[Tensor], state: Any
+    ) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Fills slices with what ``state`` holds, or starts from; returns the entries to be published."""
+        before = self.flats.get(flat.kind)
+        zero = group["ema"] == "updated"
+        starts = {"ema": 0.0, "ema_scale": 0.0} if zero else {}
+        published = []
+        for param in params:
+            entry = state.get(param, {})
+            values = {**entry, **checkpoints.converted(entry, param, group)}
+            for name in self._state_names(group, flat.kind):
+                value = values.get(name)
+                if value is None:
+                    value = param.detach() if name == "master" else starts.get(name)
+                if value is None and before is not None and before.has(name, param, flat):
+                    value = flat.fill_of(name)  # its owner has removed it: the slice holds what it had
+                if value is not None:
+                    flat.fill(name, param, value)
+            names = self._state_names(group, flat.kind)
+            published.append((param, {name: flat.entry(name, param) for name in names}))
+        return published
+
+    def _segment(self, group: dict[str, Any], flat: FlatState, params: list[Tensor]) -> Segment:
+        segment = Segment(backends.resolve(self._backend, flat.device), flat, params)
+        if flat.kind.dtype in keys.LOW_PRECISION or group["forward_dtype"] is not None:
+            segment.measure_effect()
+        return segment
+
+    def meshes(self, groups: list[dict[str, Any]]) -> dict[Any, torch.device]:
+        """All meshes that parameters lie on, gradients or not: distributed.py, NOTE [who takes part in the norm]."""
+        found: dict[Any, torch.device] = {}
+        for number, group in enumerate(groups):
+            segments = self.segments_of(number)
+            params = group["params"]
+            if len(segments) == 1 and len(segments[0].params) == len(params):  # then it has them all
+                if segments[0].flat.kind.sharding is not None:
+                    found.setdefault(segments[0].flat.kind.sharding.mesh, segments[0].flat.device)
+                continue
+            known, meshes = self._meshes.get(number, ([], {}))
+            if not same_objects(known, params):
+                meshes = shards.meshes_of(params)
+                self._meshes[number] = (list(params), meshes)
+            for mesh, device in meshes.items():
+                found.setdefault(mesh, device)
+        return found
+
+
+def _all_or_none(grads: list[Sequence[Tensor] | None]) -> list[Sequence[Tensor]] | None:
+    return None if any(one is None for one in grads) else grads
+
+
+def _check_members(params: Sequence[Tensor], state: Any, describe: shards.Describe) -> None:
+    for param in params:
+        shards.check_not_replaced(param, describe)
+        if param.grad is None:
+            continue
+        check_parameter(param, describe)
+        check_gradient(param, describe)
+        if param in state:
+            checkpoints.check_shapes(state[param], param, describe)

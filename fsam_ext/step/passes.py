@@ -1,0 +1,330 @@
+"""The passes of one training step: measure, perturb, finish, over the participants of a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..backends import ops
+from ..backends.capture import capturing
+from ..state import keys
+from ..state.shards import local, placed_gradient
+from ..state.tensors import check_gradient, name_of
+from .accumulation import BackwardCount
+from .amp import Scaler
+from .base_update import FusedBase, GenericBase, number_or_tensor
+from .diagnostics import EffectWatch, effective_norm_and_cosine, total_effect, warn_user
+from .layout import Layout, Participant
+from .norm import Norm, average
+from .rounding import Rounding
+from .segments import Guards, Segment
+from .transaction import Stage, Transaction, Update
+
+# (grad_scale, found_inf) that a GradScaler hands over for the time of a step, each a tensor or None.
+Scaling = tuple[Any, Any]
+
+
+class Passes:
+    """The passes of an optimizer, which hands over its groups and its state with each call.
+
+    Args:
+        base: what updates the weights.
+        backend: name of the backend that has to serve, or None.
+        seed: of stochastic rounding.
+    """
+
+    def __init__(self, base: FusedBase | GenericBase, backend: str | None, seed: int) -> None:
+        self.base = base
+        self.ascent_sync = True  # whether data-parallel ranks make one ascent together
+        self.layout = Layout(backend, base if isinstance(base, FusedBase) else None)
+        self.transaction = Transaction()
+        self.backward_count = BackwardCount()
+        self.scaler: Scaler | None = None
+        self.norm = Norm()
+        self._rounding = Rounding(seed)
+        self._effects: list[Tensor] = []
+        self._effect_watch = EffectWatch()
+        self._warnings: list[str] = []  # of the step that is open, for its end
+
+    # ---- The ascent ------------------------------------------------------------------------------------------------
+
+    def ascend(self, groups: list[dict[str, Any]], state: Any, scaler: Scaler | None) -> None:
+        """Passes A and B. What raises has perturbed nothing."""
+        participants = self._participants(groups, state)
+        meshes = self.layout.meshes(groups)
+        if meshes and not self.ascent_sync:
+            raise RuntimeError(
+                "ascent_sync=False needs gradients of this rank alone, which sharded parameters do not have; leave it "
+                "out, or use DistributedDataParallel"
+            )
+        devices = {one.segment.flat.device for one in participants}
+        scales = {} if scaler is None else {device: scaler.ascent_scale(device) for device in devices}
+        for one in participants:
+            one.segment.adopt_changes()
+        self.norm.measure(participants, meshes, scales, partial(self._call, groups))
+        segments = [one.segment for one in participants]
+        try:
+            self.transaction.ascend(segments, lambda number: self._perturb(*participants[number], scales))
+            self._note_ascent(groups, segments, scaler)
+        except BaseException:
+            self.give_up(groups)
+            raise
+
+    def _note_ascent(self, groups: list[dict[str, Any]], segments: list[Segment], scaler: Scaler | None) -> None:
+        """What the second pass, and whoever asks, has to know of an ascent."""
+        for segment in segments:
+            segment.written()
+        if scaler is not None:
+            self.scaler = scaler
+            scaler.forget_unscaling()
+        self._effects = [segment.effect for segment in segments if segment.effect is not None]
+        self._warn_later(self._effect_watch.look(self._effects, partial(_forward_dtypes, groups)))
+        if segments:
+            self.backward_count.ascended(segments[0].params[0])
+
+    def _perturb(
+        self,
+        group: dict[str, Any],
+        segment: Segment,
+        grads: Sequence[Tensor],
+        scales: dict[torch.device, Tensor | None],
+    ) -> None:
+        """Pass B on one segment."""
+        flat = segment.flat
+        ops.perturb(
+            segment.backend,
+            segment.rows,
+            grads,
+            segment.offsets,
+            *average(group, segment),
+            flat.buffers[flat.saved],
+            self.norm.totals[flat.device],
+            scales.get(flat.device),
+            *number_or_tensor(group["rho"], flat.device),
+            group["sigma"],
+            group["lmbda"],
+            group["perturb_eps"],
+            group["adaptive"],
+            group["ema"] == "updated",
+            group["ema_source"] == "ascent",
+            ops.FORWARD[group["forward_dtype"]],
+            segment.effect,
+            self.transaction.journal.cell,
+        )
+
+    # ---- The update ------------------------------------------------------------------------------------------------
+
+    def finish(self, groups: list[dict[str, Any]], state: Any, scaling: Scaling) -> None:
+        """Pass C: the restore of what was perturbed, and the base update of what has a gradient now."""
+        if self.transaction.stage is Stage.UPDATING:
+            return self.transaction.finish()
+        self.transaction.check_whole()
+        stage = self.transaction.stage
+        participants = self._participants(groups, state)
+        if len(participants) > 1:  # an op checks its own segment before it writes; nobody checks the later ones
+            for participant in participants:
+                for param in participant.segment.params:
+                    check_gradient(param, partial(name_of, groups))
+        segments = [one.segment for one in participants]
+        in_one_pass = isinstance(self.base, FusedBase) and self.transaction.is_ascent_of(segments)
+        if not in_one_pass:
+            self._restore(groups)
+            for segment in segments:
+                segment.adopt_changes()
+        guards = {one.flat.device: self._guards(one.flat.device, stage, scaling) for one in segments}
+        fed = [
+            partial(self._call, groups, segment, self._feed, group, segment, grads, guards[segment.flat.device])
+            for group, segment, grads in participants
+            if keys.uses_ema(group) and (stage is Stage.CLEAN or group["ema_source"] == "descent")
+        ]
+        plan = self._plan_fused if isinstance(self.base, FusedBase) else self._plan_generic
+        run, updates, written = plan(groups, state, participants, guards, in_one_pass)
+        start = self.transaction.journal.count()
+        self.transaction.update(
+            Update(
+                fed + run,
+                [None] * len(fed) + updates,
+                lambda: self.transaction.journal.count() - start + written(),
+                partial(self._conclude, groups, state, segments, groups[0][keys.STEP] + 1),
+            )
+        )
+
+    def _plan_fused(
+        self,
+        groups: list[dict[str, Any]],
+        state: Any,
+        participants: list[Participant],
+        guards: dict[torch.device, Guards],
+        in_one_pass: bool,
+    ) -> tuple[list[Callable[[], None]], list[Segment | None], Callable[[], int]]:
+        """(the ops of an update, the segment that each one updates, how many have written without the journal)."""
+        run: list[Callable[[], None]] = []
+        updates: list[Segment | None] = []
+        for group, segment, grads in participants:
+            flat = segment.flat
+            saved = flat.buffers[flat.saved] if in_one_pass or flat.masters else None
+            step = group[keys.STEP]
+            rounding = self._rounding.on(flat.device, step) if group["stochastic_rounding"] else None
+            made = self.base.ops(segment, grads, saved, guards[flat.device], group, rounding, self.transaction.journal)
+            run += [partial(self._call, groups, segment, op) for op in made]
+            updates += [None] * (len(made) - 1) + [segment]
+        return run, updates, lambda: 0
+
+    def _plan_generic(
+        self,
+        groups: list[dict[str, Any]],
+        state: Any,
+        participants: list[Participant],
+        guards: dict[torch.device, Guards],
+        in_one_pass: bool,
+    ) -> tuple[list[Callable[[], None]], list[Segment | None], Callable[[], int]]:
+        """The same for a base that is not fused: its step, on weights that are restored.
+
+        It cannot be predicated on the device, so this one path reads on the host whether the gradients were finite. A
+        host cannot read while a CUDA graph is captured: there the step is undone on the device.
+        """
+        applied = None
+        if participants:  # all devices have the same sums: one of them tells for all
+            device = participants[0].segment.flat.device
+            applied = guards[device].applied(torch.ones((), device=device))
+            if not capturing(device):
+                if not isinstance(applied, FakeTensor) and not applied:
+                    return [], [], lambda: 0
+                applied = None
+        for _, segment, _ in participants:
+            grad_scale = guards[segment.flat.device].grad_scale
+            if grad_scale is not None:
+                grads = [local(placed_gradient(param)) for param in segment.params]
+                torch._foreach_div_(grads, grad_scale)
+        written = self.base.prepare(state, groups)
+        return [partial(self.base.step, applied)], [None], written
+
+    def _conclude(self, groups: list[dict[str, Any]], state: Any, segments: list[Segment], number: int) -> None:
+        """The step is over: what follows from that, and may be done twice."""
+        if isinstance(self.base, GenericBase):
+            self.base.merge(state)
+        for segment in segments:
+            segment.written()
+        if self.scaler is not None and self.norm.totals and self.ascent_sync:
+            self.scaler.report_overflow(next(iter(self.norm.totals.values()))[0])
+        self._warn_later(self.backward_count.finished())
+        self._rounding.advance()
+        for group in groups:
+            group[keys.STEP] = number
+        self.scaler = None
+
+    def _guards(self, device: torch.device, stage: Stage, scaling: Scaling) -> Guards:
+        """What the second gradient is scaled by, and what may have its update skipped.
+
+        Not this rank's ascent where the others made another one: all have to make the same update.
+        """
+        stats = self.norm.on(device) if stage is not Stage.CLEAN and self.ascent_sync else None
+        # Where no parameter has a gradient, the scaler's sum over none is the number 0.
+        return Guards(stats, *(t.to(device, non_blocking=True) if isinstance(t, Tensor) else None for t in scaling))
+
+    def _feed(self, group: dict[str, Any], segment: Segment, grads: Sequence[Tensor], guards: Guards) -> None:
+        """Lets the average see a gradient that no ascent shows it."""
+        ops.update_ema(
+            segment.backend,
+            segment.rows,
+            grads,
+            segment.offsets,
+            *average(group, segment),
+            *guards,
+            group["lmbda"],
+            self.transaction.journal.cell,
+        )
+
+    # ---- What both share -------------------------------------------------------------------------------------------
+
+    def _participants(self, groups: list[dict[str, Any]], state: Any) -> list[Participant]:
+        check_state = self.transaction.stage is Stage.CLEAN
+        while (found := self.layout.current(groups, state, check_state)) is None:
+            self.layout.check(groups, state)
+            self._restore(groups)  # while it is known how what was perturbed lay
+            self.layout.renew(groups, state)
+        return found
+
+    def _call(self, groups: list[dict[str, Any]], segment: Segment, call: Callable[..., None], *args: Any) -> None:
+        """Runs an op; where it refuses a gradient, the error tells which, in the name of the parameter."""
+        try:
+            call(*args)
+        except RuntimeError:
+            for param in segment.params:
+                check_gradient(param, partial(name_of, groups))
+            raise
+
+    def _restore(self, groups: list[dict[str, Any]]) -> None:
+        _refuse_resized(self.transaction.restore_weights(), groups)
+
+    def restore_weights(self, groups: list[dict[str, Any]]) -> None:
+        """Brings the weights back; the step goes on, with the second gradient in place."""
+        self._restore(groups)
+
+    def give_up(self, groups: list[dict[str, Any]]) -> None:
+        """Ends a step that is given up: NOTE [an interrupt at any moment] in transaction.py.
+
+        Raises:
+            RuntimeError: a parameter was resized while it was perturbed; all others are restored.
+        """
+        self._rounding.interrupted()
+        resized = self.transaction.give_up()
+        self.backward_count.forget()
+        if self.scaler is not None:
+            self.scaler.forget_unscaling()
+            self.scaler = None
+        _refuse_resized(resized, groups)
+
+    def make_state(self, groups: list[dict[str, Any]], state: Any) -> None:
+        """Gives every parameter its state, as before its first step."""
+        self._participants(groups, state)
+        if isinstance(self.base, GenericBase):
+            self.base.prepare(state, groups)
+            self.base.step()
+            self.base.merge(state)
+
+    # ---- What it measured ------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Tensor]:
+        """What the last ascent measured: :meth:`fsam_ext.FriendlySAM.stats`."""
+        noise_sq, grad_sq, dot, ema_sq, _ = next(iter(self.norm.totals.values())).unbind()
+        effect = {}
+        if self._effects:
+            pair = effective_norm_and_cosine(total_effect(self._effects))
+            effect = dict(zip(("effective_norm", "effective_cosine"), pair, strict=True))
+        return {
+            "noise_norm": noise_sq.sqrt(),
+            "grad_norm": grad_sq.sqrt(),
+            "ema_norm": ema_sq.sqrt(),
+            "cosine": dot / (grad_sq.sqrt() * ema_sq.sqrt()),
+            "found_inf": ~noise_sq.isfinite(),
+            **effect,
+        }
+
+    def _warn_later(self, message: str | None) -> None:
+        if message is not None:
+            self._warnings.append(message)
+
+    def warn(self) -> None:
+        """Says what there is to warn of, now that the step is over: a warning may be an error somewhere."""
+        while self._warnings:
+            warn_user(self._warnings.pop())
+
+
+def _forward_dtypes(groups: list[dict[str, Any]]) -> str:
+    """What forward passes see rounded weights in, for messages."""
+    dtypes = {group["forward_dtype"] or param.dtype for group in groups for param in group["params"]}
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes & {*keys.LOW_PRECISION}))
+
+
+def _refuse_resized(resized: list[Tensor], groups: list[dict[str, Any]]) -> None:
+    if resized:
+        raise RuntimeError(
+            f"{name_of(groups, resized[0])} was resized while it was perturbed and cannot be restored (all others "
+            "are); resize parameters between steps"
+        )

@@ -1,0 +1,100 @@
+"""What may be called when, and the sentences for what may not."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from .amp import Scaler
+from .transaction import Stage
+
+
+class Ascents(Protocol):
+    """What tells which steps make an ascent: :class:`fsam_ext.schedule.Schedule`."""
+
+    def ascends(self, step: int) -> bool:
+        """Whether step number ``step`` makes an ascent."""
+
+    def describe(self, step: int) -> str:
+        """The schedule and the step, for messages."""
+
+
+def check_first_step(stage: Stage, schedule: Ascents, step: int) -> None:
+    """Raises RuntimeError where no ascent may begin."""
+    if stage is Stage.ASCENDED:
+        raise RuntimeError(
+            "first_step was called after `with perturbed():`; call step() to finish the step, or restore()"
+        )
+    if stage is not Stage.CLEAN:
+        raise RuntimeError(
+            "first_step was called twice: the weights are perturbed; call second_step() to finish the step, or "
+            "restore()"
+        )
+    if not schedule.ascends(step):
+        raise RuntimeError(
+            f"first_step was called in a step without an ascent ({schedule.describe(step)}); call step() after one "
+            "backward, and first_step() only where optimizer.ascends is true"
+        )
+
+
+def check_second_step(stage: Stage) -> None:
+    """Raises RuntimeError where there is no first step."""
+    if stage is Stage.CLEAN:
+        raise RuntimeError("second_step was called without first_step; call first_step() first")
+
+
+def check_step(
+    stage: Stage, ascends: bool, closure: object, accumulate: object, scaled: bool, scaler: Scaler | None
+) -> None:
+    """Raises RuntimeError or TypeError where step() cannot make what is left of a step.
+
+    Args:
+        ascends: whether the present step makes an ascent.
+        closure, accumulate: as given to step(), or None.
+        scaled: whether the call came through ``GradScaler.step``.
+        scaler: of the first pass.
+    """
+    if closure is not None:
+        _check_closure(stage, scaled or scaler is not None)
+    elif accumulate is not None:
+        raise TypeError("step(accumulate=...) needs a closure, which it calls with each micro-batch")
+    elif stage is Stage.CLEAN and ascends:
+        raise RuntimeError(
+            "step() was called without first_step and without a closure, which would be a plain step of the base "
+            "optimizer; call first_step() before the second backward, or pass a closure"
+        )
+    else:
+        check_scaler(stage, scaled, scaler)
+
+
+def _check_closure(stage: Stage, scaled: bool) -> None:
+    if stage is Stage.ASCENDED:
+        raise RuntimeError(
+            "step(closure) was called after `with perturbed():`, whose second gradient it would replace; call step() "
+            "without a closure"
+        )
+    if scaled:
+        raise RuntimeError(
+            "step(closure) was called with a GradScaler, which does not see the closure's gradients; call "
+            "first_step(grad_scaler=scaler), make the second backward, then scaler.step(optimizer)"
+        )
+
+
+def check_scaler(stage: Stage, scaled: bool, scaler: Scaler | None) -> None:
+    """Raises RuntimeError where only one of the two gradients was scaled."""
+    if stage is Stage.CLEAN or scaled == (scaler is not None):
+        return
+    raise RuntimeError(
+        "the second gradient came through scaler.step(optimizer) but the first did not: call "
+        "first_step(grad_scaler=scaler), or the average would be of scaled gradients"
+        if scaled
+        else "first_step(grad_scaler=scaler) was called, so the second gradient is scaled as well; finish the step "
+        "with scaler.step(optimizer)"
+    )
+
+
+def refuse_while_perturbed(stage: Stage, what: str) -> None:
+    """Raises RuntimeError where the weights are perturbed, or half updated."""
+    if stage in (Stage.PERTURBED, Stage.UPDATING):
+        raise RuntimeError(
+            f"{what} was called while the weights are perturbed; call it after second_step(), or call restore() first"
+        )

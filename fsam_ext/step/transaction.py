@@ -1,0 +1,198 @@
+"""Where a training step stands, what is perturbed, and the one owner of "bring the weights back".
+
+NOTE [an interrupt at any moment]
+Ctrl-C raises between any two lines, and between a kernel's end and the line after it. So nothing here depends on a line
+that follows a call. A plan is on record, by one assignment, before its first op runs; each op counts in the journal, on
+the host and within its own call, that it has written. What was done of a plan is therefore known whenever one asks, and
+from there:
+
+- an ascent is undone: restores are copies, so doing one twice does no harm, and the record goes last;
+- an update that has begun is finished: base state cannot be undone, so what is left of the plan runs. The step has
+  then been made. One that has not begun leaves the weights perturbed, to be finished or restored.
+
+What a backend written in Python has to do: fsam_ext/backends/README.md, 7.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..backends import ops
+from .segments import Segment, same_objects
+
+
+class Stage(Enum):
+    """Where a training step stands.
+
+    CLEAN -> first_step -> PERTURBED -> second_step, or step() -> CLEAN. The block ``with perturbed():`` ends in
+    ASCENDED, with the weights restored and the second gradient in place, from where step() is the plain base update.
+    An update that was interrupted is UPDATING, until restore() or step() has finished it.
+    """
+
+    CLEAN = "clean"
+    PERTURBED = "perturbed"
+    ASCENDED = "ascended"
+    UPDATING = "updating"
+
+
+class Journal:
+    """Counts, on the host, the ops that have written.
+
+    Attributes:
+        cell: int64 CPU tensor of one element, which each op gets.
+        counts: whether ops write at all: fake tensors have no values, and nothing is ever perturbed.
+    """
+
+    def __init__(self) -> None:
+        self._number = array("q", [0])
+        fake = isinstance(torch.empty(0), FakeTensor)
+        self.cell = torch.zeros(1, dtype=torch.int64) if fake else torch.frombuffer(self._number, dtype=torch.int64)
+        self.counts = not fake
+
+    def count(self) -> int:
+        """How many there were."""
+        return self._number[0]
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """What pass B perturbs: one op for each segment, in this order, from the journal's count ``start`` on."""
+
+    segments: Sequence[Segment]
+    start: int
+    restored: bool = False
+
+
+@dataclass(frozen=True)
+class Update:
+    """What pass C does: ops in this order, and then ``conclude``, which may be done twice.
+
+    Attributes:
+        run: the ops.
+        updates: the segment whose weights op i restores and updates, or None for an op beside that.
+        done: how many of the ops have begun to write.
+    """
+
+    run: Sequence[Callable[[], None]]
+    updates: Sequence[Segment | None]
+    done: Callable[[], int]
+    conclude: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Open:
+    """A step that has begun: its ascent, unless it is a plain step, and its update, once there is a plan for it."""
+
+    ascent: Ascent | None = None
+    update: Update | None = None
+
+
+class Transaction:
+    """One training step, from its first write to its last: NOTE [an interrupt at any moment]."""
+
+    def __init__(self) -> None:
+        self.journal = Journal()
+        self._open: Open | None = None
+
+    @property
+    def stage(self) -> Stage:
+        """Where the step stands."""
+        now = self._open
+        if now is None:
+            return Stage.CLEAN
+        if now.update is not None and now.update.done() > 0:
+            return Stage.UPDATING
+        if now.ascent is None:
+            return Stage.CLEAN
+        return Stage.ASCENDED if now.ascent.restored else Stage.PERTURBED
+
+    def _perturbed(self) -> Sequence[Segment]:
+        """The segments whose weights are perturbed now, those that an update has begun on excepted."""
+        now = self._open
+        if now is None or now.ascent is None or now.ascent.restored:
+            return ()
+        perturbed = now.ascent.segments[: self.journal.count() - now.ascent.start]
+        if now.update is None:
+            return perturbed
+        updated = set(map(id, now.update.updates[: now.update.done()]))
+        return [segment for segment in perturbed if id(segment) not in updated]
+
+    def ascend(self, segments: Sequence[Segment], perturb: Callable[[int], None]) -> None:
+        """Perturbs ``segments``, by calling ``perturb`` with the number of each."""
+        self._open = Open(Ascent(segments, self.journal.count()))
+        for number in range(len(segments)):
+            perturb(number)
+
+    def check_whole(self) -> None:
+        """Raises RuntimeError where an ascent was cut short, so that no update may follow it."""
+        now = self._open
+        if now is None or now.ascent is None or now.ascent.restored:
+            return
+        if self.journal.counts and self.journal.count() - now.ascent.start < len(now.ascent.segments):
+            raise RuntimeError(
+                "first_step was interrupted; call restore(), which brings the weights back, and begin anew"
+            )
+
+    def is_ascent_of(self, segments: Sequence[Segment]) -> bool:
+        """Whether just these segments are perturbed, so that their update may restore them in the same pass."""
+        now = self._open
+        return (
+            now is not None
+            and now.ascent is not None
+            and not now.ascent.restored
+            and same_objects(now.ascent.segments, segments)
+        )
+
+    def restore_weights(self) -> list[torch.Tensor]:
+        """Brings the weights back, bit for bit; returns the parameters that were resized meanwhile and cannot be."""
+        resized = []
+        for segment in self._perturbed():
+            if segment.have_their_forms():
+                ops.restore(segment.backend, segment.rows, segment.offsets, segment.flat.buffers[segment.flat.saved])
+            else:
+                resized += segment.restore_one_by_one()
+            segment.written()
+        now = self._open
+        if now is not None and now.ascent is not None:
+            self._open = Open(Ascent(now.ascent.segments, now.ascent.start, restored=True), now.update)
+        return resized
+
+    def update(self, plan: Update) -> None:
+        """Makes a step's update."""
+        self._open = Open(self._open.ascent if self._open is not None else None, plan)
+        self.finish()
+
+    def finish(self) -> None:
+        """Makes what is left of an update, and closes the step."""
+        assert self._open is not None and self._open.update is not None
+        plan = self._open.update
+        for op in plan.run[plan.done() :]:
+            op()
+        plan.conclude()
+        self._open = None
+
+    def close(self) -> None:
+        """The step is over."""
+        self._open = None
+
+    def give_up(self) -> list[torch.Tensor]:
+        """Undoes an ascent, or finishes an update that has begun: the state is then that before a step, or after it.
+
+        Safe to call at any time. Returns the parameters that cannot be restored.
+        """
+        if self.stage is Stage.UPDATING:
+            try:
+                self.finish()
+            except RuntimeError:  # an op refuses what is left of its plan: the rest is given up
+                pass
+            else:
+                return []
+        resized = self.restore_weights()
+        self.close()
+        return resized
