@@ -23,7 +23,7 @@ NEWEST_TORCH = (2, 15)
 # lists cost less than a kernel's launch, are never held, and none are where modules convert by swapping. What holding
 # wins where there are many: docs/design.md, Ops. To delete it: this file's Held and the last line of look_at,
 # csrc/held.*, the ops of schema.cpp that name it, and takes_held.
-FEWEST = 65
+FEWEST = 33
 
 # A descriptor called by map() costs a third of an attribute in a loop.
 _GRAD = Tensor.grad.__get__
