@@ -133,7 +133,7 @@ class Passes:
         segments = [one.segment for one in participants]
         in_one_pass = isinstance(self.base, FusedBase) and self.transaction.is_ascent_of(segments)
         if not in_one_pass:
-            self._restore(groups)
+            self.restore_weights(groups)
             for segment in segments:
                 segment.adopt_changes()
         guards = {one.flat.device: self._guards(one.flat.device, stage, scaling) for one in segments}
@@ -246,7 +246,7 @@ class Passes:
         check_state = self.transaction.stage is Stage.CLEAN
         while (found := self.layout.current(groups, state, check_state)) is None:
             self.layout.check(groups, state)
-            self._restore(groups)  # while it is known how what was perturbed lay
+            self.restore_weights(groups)  # while it is known how what was perturbed lay
             self.layout.renew(groups, state)
         return found
 
@@ -259,12 +259,13 @@ class Passes:
                 check_gradient(param, partial(name_of, groups))
             raise
 
-    def _restore(self, groups: list[dict[str, Any]]) -> None:
-        _refuse_resized(self.transaction.restore_weights(), groups)
-
     def restore_weights(self, groups: list[dict[str, Any]]) -> None:
-        """Brings the weights back; the step goes on, with the second gradient in place."""
-        self._restore(groups)
+        """Brings the weights back; the step goes on, with the second gradient in place.
+
+        Raises:
+            RuntimeError: a parameter was resized while it was perturbed; all others are restored.
+        """
+        _refuse_resized(self.transaction.restore_weights(), groups)
 
     def give_up(self, groups: list[dict[str, Any]]) -> None:
         """Ends a step that is given up: NOTE [an interrupt at any moment] in transaction.py.
