@@ -127,7 +127,7 @@ def on_rank(rank: int, ranks: int, rounds: int, store: str, answer: str) -> None
             optimizer.first_step()
             optimizer.second_step()
             nbytes = sum(
-                buffer.nbytes for flat in optimizer._passes.layout.flats.values() for buffer in flat.buffers.values()
+                flat.buffer(name).nbytes for flat in optimizer._passes.layout.flats.values() for name in flat.names
             )
             share = parameters(width) / ranks
             # The bus, under the same conditions: all ranks at once, over as many bytes as the step touches.

@@ -13,14 +13,14 @@ from torch.optim import SGD, Optimizer
 
 from . import backends, options
 from .schedule import Boundary, Schedule
-from .state import checkpoints
+from .state.entries import asks_for_state
 from .state.flatten import REGISTRY
 from .state.keys import STEP
-from .state.tensors import name_of
-from .step import protocol
+from .stateful import StatefulOptimizer
+from .step import base_options, protocol
 from .step.accumulation import as_list, evaluate
 from .step.amp import Scaler
-from .step.base_update import FusedBase, base_of
+from .step.base_update import base_of
 from .step.gradients import clear_flattened
 from .step.passes import Passes
 from .step.transaction import Stage
@@ -31,11 +31,7 @@ from .step.transaction import Stage
 # model that a closure calls as ever.
 
 
-# What a copy or a pickle keeps beside groups and state.
-_COPIED = ("base_class", "backend", "capturable", "ascent_sync", "rounding_seed", "schedule", "_base")
-
-
-class FriendlySAM(Optimizer):
+class FriendlySAM(StatefulOptimizer):
     """Friendly Sharpness-Aware Minimization around a base optimizer.
 
     The first gradient g gives the noise d = g - sigma m with m the moving average of gradients; the weights move to
@@ -132,17 +128,23 @@ class FriendlySAM(Optimizer):
     ) -> None:
         if backend is not None:
             backends.check_name(backend)
+        options.check_seed(rounding_seed)
+        protocol.refuse_sharding_wrapper()
         own = {"rho": rho, "sigma": sigma, "lmbda": lmbda, "adaptive": adaptive, "ema": ema, "perturb_eps": perturb_eps}
         layout = (ema_dtype, master_weights, stochastic_rounding, forward_dtype, ema_source)
-        defaults = options.defaults(base_optimizer, base_kwargs, own, layout, capturable)
         self.base_class = base_optimizer
         self.backend = backend
         self.capturable = capturable
         self.ascent_sync = ascent_sync
         self.rounding_seed = rounding_seed
         self.schedule = Schedule(every, start, end)
-        super().__init__(params, defaults)
-        self._base = base_of(base_optimizer, self.param_groups, base_kwargs)
+        groups = base_options.listed(params)
+        base_kwargs = options.for_base(base_optimizer, base_kwargs, own, capturable)
+        base = base_options.made(base_optimizer, list(map(base_options.their_group, groups)), base_kwargs)
+        self._base = base_of(base)
+        with_base = base_options.with_base(groups, base.param_groups)
+        super().__init__(with_base, options.defaults(base, own, layout))
+        self._options = options.Watched()
         self._passes = Passes(self._base, self.backend, self.rounding_seed)
 
     @property
@@ -160,19 +162,19 @@ class FriendlySAM(Optimizer):
         """Whether the weights are perturbed now: between first_step and second_step. Do not save a model then."""
         return self._stage in (Stage.PERTURBED, Stage.UPDATING)
 
-    @property
-    def _stage(self) -> Stage:
-        passes = self.__dict__.get("_passes")  # there is none yet while the constructor adds the groups
-        return Stage.CLEAN if passes is None else passes.transaction.stage
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, whose options may differ from the defaults; raises before anything changes."""
         protocol.refuse_while_perturbed(self._stage, "add_param_group()")
         count = len(self.param_groups)
         try:
-            super().add_param_group(param_group)
-            options.check_group(self.param_groups, count, self.base_class, self.__dict__.get("_base"))
-            self.param_groups[-1][STEP] = self.param_groups[0][STEP]
+            new = [param_group]
+            if "_passes" in self.__dict__:  # else it comes from the base, by the constructor
+                group = base_options.listed_group(param_group)
+                new = base_options.added(self._base.optimizer, self.param_groups, group)
+            for group in new:
+                super().add_param_group(group)
+                options.check_group(self.param_groups, len(self.param_groups) - 1, self._base)
+                self.param_groups[-1][STEP] = self.param_groups[0][STEP]
         except BaseException:
             del self.param_groups[count:]
             raise
@@ -197,8 +199,7 @@ class FriendlySAM(Optimizer):
             TypeError, ValueError: an option or the scaler cannot be used.
         """
         protocol.check_first_step(self._stage, self.schedule, self.param_groups[0][STEP])
-        for group in self.param_groups:
-            options.check_options(group)
+        self._options.check(self.param_groups, self._base)
         self._passes.ascent_sync = self.ascent_sync
         scaler = None if grad_scaler is None else Scaler(grad_scaler, self)
         self._passes.ascend(self.param_groups, self.state, scaler)
@@ -253,11 +254,12 @@ class FriendlySAM(Optimizer):
 
     def _step(self, closure: Callable[..., Any] | None, accumulate: Iterable[Any] | None) -> Any:
         passes, scaled = self._passes, hasattr(self, "found_inf")  # GradScaler.step sets it for the time of the call
-        if closure is None and self._stage is Stage.CLEAN and checkpoints.asks_for_state(self.state, self.param_groups):
+        if closure is None and self._stage is Stage.CLEAN and asks_for_state(self.state, self.param_groups):
             return passes.make_state(self.param_groups, self.state)
         protocol.check_step(self._stage, self.ascends, closure, accumulate, scaled, passes.scaler)
         batches = None if accumulate is None else as_list(accumulate)
         scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._options.check(self.param_groups, self._base)
         try:
             loss = None if closure is None else self._evaluate(torch.enable_grad()(partial(evaluate, closure, batches)))
             passes.finish(self.param_groups, self.state, scaling)
@@ -347,40 +349,3 @@ class FriendlySAM(Optimizer):
         if not self._passes.norm.totals:
             raise RuntimeError("stats() was called before the first ascent; call first_step() or step(closure) first")
         return self._passes.stats()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The complete state: the average and the base optimizer's state, never a backup.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        protocol.refuse_while_perturbed(self._stage, "state_dict()")
-        return checkpoints.in_words(super().state_dict())
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the state of this class, of the official F-SAM code, or of a plain torch optimizer.
-
-        Options and state that a checkpoint lacks keep their present value, or start anew. Dtypes are kept: torch
-        itself would round the float32 state of bfloat16 parameters.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-            ValueError: the checkpoint does not fit; nothing has changed then.
-        """
-        protocol.refuse_while_perturbed(self._stage, "load_state_dict()")
-        translated = checkpoints.translate(state_dict, self.param_groups)
-        fused = self._base if isinstance(self._base, FusedBase) else None
-        options.check_loaded(translated["param_groups"], self.defaults, self.base_class, fused is not None)
-        whole = fused.state_names if fused is not None else lambda group: ()
-        copies = checkpoints.copies(translated, self.param_groups, whole, partial(name_of, self.param_groups))
-        super().load_state_dict(translated)
-        checkpoints.put(copies, self.state, self.param_groups)
-
-    def __getstate__(self) -> dict[str, Any]:
-        protocol.refuse_while_perturbed(self._stage, "A copy or pickle of the optimizer")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _COPIED}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._passes = Passes(self._base, self.backend, self.rounding_seed)

@@ -14,47 +14,45 @@ from torch.optim import Optimizer
 
 from .backends.ops import FORWARD
 from .state.checkpoints import CURRENT_FORMAT
-from .state.keys import FORMAT, LAYOUT, LOW_PRECISION, OWN_OPTIONS, STEP
-from .state.shards import Describe, local
-from .state.tensors import check_parameter, name_of
-from .step.base_update import FusedBase, GenericBase, base_defaults, is_fused
+from .state.keys import FORMAT, LAYOUT, NAMES, OWN_OPTIONS, STEP
+from .state.tensors import check_kept, check_parameter, name_of
+from .step.base_options import PREFIX, our_group, takes
+from .step.base_update import FusedBase, GenericBase, is_fused
 
 PERTURB_EPS = 1e-12
+# What the constructor takes for itself.
+OWN_ARGUMENTS = (*OWN_OPTIONS, "every", "start", "end", "rounding_seed", "ascent_sync", "backend", "capturable")
 
 
-def defaults(
-    base_optimizer: type[Optimizer],
-    base_kwargs: dict[str, Any],
-    own: dict[str, Any],
-    layout: tuple[Any, ...],
-    capturable: bool,
-) -> dict[str, Any]:
-    """The options that every group starts from: the base's, those of F-SAM, and the number of the step.
+def for_base(
+    base_optimizer: type[Optimizer], base_kwargs: dict[str, Any], own: dict[str, Any], capturable: bool
+) -> Any:
+    """The options that the base's constructor gets: NOTE [options of one name] in step/base_options.py.
 
-    ``eps`` is taken out of ``base_kwargs`` where it is another name of ``perturb_eps``.
+    ``eps`` goes to ``own["perturb_eps"]`` where the base has none.
 
     Raises:
-        TypeError, ValueError: as the base's constructor; or an option has two values or two owners.
+        ValueError: ``perturb_eps`` is given twice.
     """
-    base = base_defaults(base_optimizer, {k: v for k, v in base_kwargs.items() if k != "eps"})
-    if "eps" in base_kwargs:
-        if "eps" in base:
-            base = base_defaults(base_optimizer, base_kwargs)
-        elif own["perturb_eps"] != PERTURB_EPS:
+    kwargs = {
+        name.removeprefix(PREFIX) if name.removeprefix(PREFIX) in OWN_ARGUMENTS else name: value
+        for name, value in base_kwargs.items()
+    }
+    if "eps" in kwargs and not takes(base_optimizer, "eps"):
+        if own["perturb_eps"] != PERTURB_EPS:
             raise ValueError(
                 f"eps is another name of perturb_eps for {base_optimizer.__name__}, and both were given; leave out eps"
             )
-        else:
-            own["perturb_eps"] = base_kwargs.pop("eps")
-    taken = sorted(base.keys() & {*OWN_OPTIONS})
-    if taken:
-        raise ValueError(
-            f"base_optimizer {base_optimizer.__name__} has an option named {taken[0]}, which would get F-SAM's value; "
-            "give it another name in a subclass"
-        )
-    if "capturable" in base:
-        base["capturable"] = capturable
-    return {**base, **own, **dict(zip(LAYOUT, layout, strict=True)), STEP: 0, FORMAT: CURRENT_FORMAT}
+        own["perturb_eps"] = kwargs.pop("eps")
+    if "capturable" not in kwargs and takes(base_optimizer, "capturable"):
+        kwargs["capturable"] = capturable
+    return kwargs
+
+
+def defaults(base: Optimizer, own: dict[str, Any], layout: tuple[Any, ...]) -> dict[str, Any]:
+    """The options that every group starts from: the base's, those of F-SAM, and the number of the step."""
+    kept = dict(zip(LAYOUT, layout, strict=True))
+    return {**our_group(base.defaults), **own, **kept, STEP: 0, FORMAT: CURRENT_FORMAT}
 
 
 def check_options(group: dict[str, Any]) -> None:
@@ -112,57 +110,103 @@ def check_options(group: dict[str, Any]) -> None:
         )
 
 
-def check_group(
-    param_groups: list[dict[str, Any]], number: int, base: type[Optimizer], update: FusedBase | GenericBase | None
-) -> None:
-    """Raises TypeError or ValueError for a group that cannot join the others, which ``update`` is the base of."""
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.is_floating_point()
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def check_base_options(group: dict[str, Any], number: int) -> None:
+    """Raises ValueError for an option of SGD, Adam or AdamW that pass C cannot take."""
+
+    def refuse(name: str, wanted: str) -> None:
+        raise ValueError(f"{name} of group {number} must be {wanted}, not {group[name]!r}")
+
+    if not _is_number(group["lr"]) or not isinstance(group["lr"], Tensor) and group["lr"] < 0:
+        refuse("lr", "a finite number of at least 0, or a floating-point tensor of one element")
+    for name in ("weight_decay", "momentum", "dampening", "eps"):
+        if name in group and (isinstance(group[name], Tensor) or not _is_number(group[name])):
+            refuse(name, "a finite number")
+    betas = group.get("betas", (0.0, 0.0))
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(map(_is_number, betas)):
+        refuse("betas", "two numbers in [0, 1)")
+    if not all(0 <= float(beta) < 1 for beta in betas):
+        refuse("betas", "two numbers in [0, 1)")
+    for name in ("maximize", "nesterov", "decoupled_weight_decay"):
+        if group.get(name, False) not in (False, True):
+            refuse(name, "True or False")
+
+
+class Watched:
+    """The options of groups, which a user may edit at any time: checked before a step writes anything.
+
+    Those that are what they were the last time cost one comparison.
+    """
+
+    # lr and rho change in every step of a schedule: they are looked at by themselves.
+    _OFTEN = ("lr", "rho")
+    _NAMES = (
+        *(name for name in NAMES if name != "rho"),
+        *("weight_decay", "momentum", "dampening", "eps", "betas", "nesterov", "maximize"),
+        *("decoupled_weight_decay", "amsgrad", "differentiable"),
+    )
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Any, ...]] = []
+
+    def check(self, groups: list[dict[str, Any]], base: FusedBase | GenericBase) -> None:
+        """Raises TypeError or ValueError for an option that cannot be used."""
+        now = [tuple(map(group.get, self._NAMES)) for group in groups]
+        try:
+            known = now == self._known and all(_is_plain(group.get(n)) for group in groups for n in self._OFTEN)
+        except RuntimeError:  # tensors of several elements, which cannot be compared
+            known = False
+        if known:
+            return
+        self._known = []
+        for number, group in enumerate(groups):
+            check_options(group)
+            check_fused(group, number, base)
+        self._known = now
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) is float and 0 <= value < math.inf
+
+
+def check_fused(group: dict[str, Any], number: int, base: FusedBase | GenericBase) -> None:
+    """Raises ValueError for options of the base that pass C, which was chosen for it, cannot take."""
+    if not isinstance(base, FusedBase):
+        return
+    if not is_fused(type(base.optimizer), group):
+        raise ValueError(
+            f"group {number} asks {type(base.optimizer).__name__} for amsgrad or differentiable, which this optimizer "
+            "was made without; give the option to the constructor"
+        )
+    check_base_options(group, number)
+
+
+def check_group(param_groups: list[dict[str, Any]], number: int, base: FusedBase | GenericBase) -> None:
+    """Raises TypeError or ValueError for a group that cannot be used."""
     group, describe = param_groups[number], partial(name_of, param_groups)
     check_options(group)
     for param in group["params"]:
         check_parameter(param, describe)
-    fused = is_fused(base, group)
-    if isinstance(update, FusedBase) and not fused:
-        raise ValueError(
-            f"group {number} asks {base.__name__} for amsgrad or differentiable, which the other groups do not; give "
-            "the option to the constructor instead"
-        )
-    check_group_dtypes(group, fused, base.__name__, describe)
+    check_fused(group, number, base)
+    check_kept(group, isinstance(base, FusedBase), describe)
 
 
-def check_loaded(groups: list[dict[str, Any]], own: dict[str, Any], base: type[Optimizer], fuses: bool) -> None:
+def check_loaded(groups: list[dict[str, Any]], own: dict[str, Any], base: FusedBase | GenericBase) -> None:
     """Raises ValueError for options of a checkpoint that cannot be taken; ``own``: those for what it lacks."""
     for number, group in enumerate(groups):
-        check_options({**own, **group})
-        if fuses and not is_fused(base, group):
-            raise ValueError(
-                f"group {number} of the checkpoint is of {base.__name__} with amsgrad or differentiable, which this "
-                "optimizer was made without; give the option to the constructor"
-            )
+        try:
+            check_options({**own, **group})
+            check_fused(group, number, base)
+        except ValueError as error:
+            raise ValueError(f"the checkpoint cannot be taken: {error}") from None
 
 
-def check_group_dtypes(group: dict[str, Any], fused: bool, base: str, describe: Describe) -> None:
-    """Raises for options that do not go with the dtypes of a group's parameters or with its base optimizer."""
-    params = [param for param in group["params"] if param.requires_grad]
-    for name in ("master_weights", "stochastic_rounding"):
-        if not group[name]:
-            continue
-        if not fused:
-            raise ValueError(f"{name} needs SGD, Adam or AdamW (without amsgrad) as the base optimizer, not {base}")
-        if params and not any(param.dtype in LOW_PRECISION for param in params):
-            raise TypeError(
-                f"{name} is for bfloat16 and float16 parameters, but {describe(params[0])} and all others of its group "
-                f"are {params[0].dtype}; leave the option out, or set it for the groups that need it"
-            )
-    for param in params:
-        if group["ema_dtype"] == torch.int8 and local(param) is not param:
-            raise TypeError(
-                f"{describe(param)} is sharded, and the blocks of ema_dtype=torch.int8 do not follow its shards; use "
-                "torch.bfloat16"
-            )
-        if param.dtype != torch.float64:
-            continue
-        for name, allowed in (("ema_dtype", (None, torch.float64)), ("forward_dtype", (None,))):
-            if group[name] not in allowed:
-                raise TypeError(
-                    f"{describe(param)} is float64, which {name}={group[name]} does not go with; leave it out"
-                )
+def check_seed(seed: Any) -> None:
+    """Raises ValueError for a seed that the kernels cannot take."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"rounding_seed must be an integer of 64 bits, not {seed!r}")

@@ -18,6 +18,7 @@ FLOORS = (
     ("state",),
     ("step",),
     ("options", "schedule", "batch_norm"),
+    ("stateful",),
     ("optimizer", "sam"),
     ("__init__",),
     ("info", "convert"),

@@ -27,7 +27,7 @@ import fsam_ext
 from fsam_ext import FriendlySAM, flatten_parameters
 
 PACKAGE = str(Path(fsam_ext.__file__).parent)
-OWN = ("ema", "ema_scale")
+OWN = ("fsam_ema", "fsam_ema_scale")
 
 
 @dataclass
@@ -144,7 +144,7 @@ class Run:
         ]
         for param, entry in zip(self.model, state):
             if self.optimizer.param_groups[0]["master_weights"]:
-                entry.setdefault("master", param.detach().float())  # what the first step makes it
+                entry.setdefault("fsam_master", param.detach().float())  # what the first step makes it
         return {
             "weights": [p.detach().clone() for p in self.model],
             "own": [{k: v for k, v in entry.items() if k in OWN} for entry in state],

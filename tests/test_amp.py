@@ -142,7 +142,7 @@ def test_a_scale_that_is_too_large_comes_down_and_training_goes_on():
     assert scaler.get_scale() < 2.0**25
     assert losses[-1] < 0.9 * losses[0]
     assert all(p.isfinite().all() for p in params)
-    assert all(optimizer.state[p]["ema"].isfinite().all() for p in params)
+    assert all(optimizer.state[p]["fsam_ema"].isfinite().all() for p in params)
 
 
 def test_the_average_sees_unscaled_gradients():
@@ -151,7 +151,7 @@ def test_the_average_sees_unscaled_gradients():
     (grads,) = gradients(1)
     scaled_step(optimizer, params, scaler, grads)
     for p, g in zip(params, grads[0], strict=True):
-        assert identical(optimizer.state[p]["ema"], g)
+        assert identical(optimizer.state[p]["fsam_ema"], g)
     norm = torch.cat(grads[0]).double().norm()
     assert math.isclose(optimizer.stats()["grad_norm"], norm, rel_tol=1e-6)
 

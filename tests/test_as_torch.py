@@ -181,4 +181,4 @@ def test_a_weight_written_while_others_are_perturbed_counts_for_its_master():
     for param in (first, later):
         param.grad = torch.ones_like(param)
     optimizer.second_step()
-    assert first.eq(1).all() and later.eq(3).all() and optimizer.state[later]["master"].eq(3).all()
+    assert first.eq(1).all() and later.eq(3).all() and optimizer.state[later]["fsam_master"].eq(3).all()

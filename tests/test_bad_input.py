@@ -162,7 +162,10 @@ def test_a_checkpoint_of_another_model():
         p.grad = torch.ones_like(p)
     other.first_step()
     other.second_step()
-    with pytest.raises(ValueError, match=r"state 'ema' of parameter 1 of group 0 .*shape \(5,\) in the checkpoint"):
+    with pytest.raises(
+        ValueError,
+        match=r"state 'fsam_ema' of parameter 1 of group 0 .*shape \(5,\), .* in the checkpoint",
+    ):
         optimizer.load_state_dict(other.state_dict())
     assert not optimizer.state
     with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):

@@ -44,7 +44,7 @@ def test_the_official_code_to_ours(tmp_path, capsys):
     assert "from the official F-SAM code" in said and "'momentum'" in said and "to fsam_ext: " in said
     converted = torch.load(target, weights_only=True)
     assert converted["epoch"] == 5  # what else the file holds stays
-    assert all(set(entry) == {"ema"} for entry in converted["optimizer"]["state"].values())
+    assert all(set(entry) == {"fsam_ema"} for entry in converted["optimizer"]["state"].values())
     mine = network()
     mine.load_state_dict(converted["state_dict"])
     optimizer = FriendlySAM(mine.parameters(), SGD, rho=0.7, sigma=1.0, lmbda=0.9, lr=1.0)
@@ -88,7 +88,7 @@ def test_ours_to_plain_torch_and_back(base, tmp_path, capsys):
     assert content["run"]["optimizer"]["param_groups"][0].keys() == fresh.keys()
     alone.load_state_dict(content["run"]["optimizer"])
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert alone.state[q].keys() == optimizer.state[p].keys() - {"ema"}
+        assert alone.state[q].keys() == optimizer.state[p].keys() - {"fsam_ema"}
         assert all(identical(alone.state[q][name], optimizer.state[p][name]) for name in alone.state[q])
 
     assert main([str(plain), str(back)]) == 0

@@ -110,7 +110,7 @@ def test_what_is_changed_while_perturbed_is_restored_all_the_same(change, master
             optimizer.restore()
         elif masters and weight.dim() == 1:  # its state is for another shape
             perturbed = weight.detach().clone()
-            with pytest.raises(RuntimeError, match="state 'master' of parameter 0"):
+            with pytest.raises(RuntimeError, match="state 'fsam_master' of parameter 0"):
                 optimizer.second_step()
             assert identical(weight.detach(), perturbed)
             optimizer.restore()
@@ -303,7 +303,7 @@ def test_a_parameter_of_another_size_is_refused_until_its_state_goes(size):
     step(optimizer, 1.0)
     a.data = torch.zeros(size)
     a.grad, b.grad = torch.ones(size), torch.ones(32)
-    with pytest.raises(RuntimeError, match=r"'ema' of parameter 0 of group 0 .* has shape \(32,\)"):
+    with pytest.raises(RuntimeError, match=r"'fsam_ema' of parameter 0 of group 0 .* has shape \(32,\)"):
         optimizer.first_step()
     assert not a.any() and bool((b == 5).all())
     del optimizer.state[a]
@@ -428,7 +428,7 @@ def test_another_storage_of_the_average_takes_it_over(before, after):
     assert float(optimizer.stats()["ema_norm"]) == pytest.approx(0.125 * 16, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ("ema", "momentum_buffer"))
+@pytest.mark.parametrize("name", ("fsam_ema", "momentum_buffer"))
 def test_state_that_parameters_swap_is_not_mixed_up(name):
     """Each lies where the other's is to be copied from."""
     params = [Parameter(torch.ones(4)), Parameter(torch.ones(4)), Parameter(torch.ones(4))]
@@ -446,9 +446,26 @@ def test_state_that_parameters_swap_is_not_mixed_up(name):
         torch.testing.assert_close(entry[name], 0.9 * value)
 
 
-def test_an_option_name_that_both_have_is_refused():
-    with pytest.raises(ValueError, match="Adadelta has an option named rho"):
-        SAM([Parameter(torch.ones(1))], torch.optim.Adadelta, lr=1.0)
+def test_an_option_name_that_both_have_is_the_bases_with_a_prefix():
+    """NOTE [options of one name]: Adadelta has a rho of its own."""
+    ours, theirs = [Parameter(torch.ones(3))], [Parameter(torch.ones(3))]
+    optimizer = SAM([{"params": ours, "base_rho": 0.7}], torch.optim.Adadelta, rho=0.0, lr=1.0, base_rho=0.5)
+    plain = torch.optim.Adadelta(theirs, lr=1.0, rho=0.7)
+    for i in range(4):
+        for half in (optimizer.first_step, optimizer.second_step):
+            ours[0].grad = torch.full((3,), float(i + 1))
+            half()
+        theirs[0].grad = torch.full((3,), float(i + 1))
+        plain.step()
+        if i == 1:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = SAM(ours, torch.optim.Adadelta, rho=0.3, lr=1.0)
+            optimizer.load_state_dict(saved)
+    assert torch.equal(ours[0], theirs[0])
+    (group,) = optimizer.param_groups
+    assert (group["rho"], group["base_rho"]) == (0.0, 0.7)
+    optimizer.add_param_group({"params": [Parameter(torch.ones(1))], "base_rho": 0.2})
+    assert (optimizer.param_groups[1]["rho"], optimizer.param_groups[1]["base_rho"]) == (0.3, 0.2)
 
 
 def test_a_checkpoint_of_amsgrad_is_not_taken_for_plain_adam():
@@ -456,7 +473,7 @@ def test_a_checkpoint_of_amsgrad_is_not_taken_for_plain_adam():
     theirs = Adam(params, lr=0.1, amsgrad=True)
     params[0].grad = torch.ones(3)
     theirs.step()
-    with pytest.raises(ValueError, match="group 0 of the checkpoint is of Adam with amsgrad"):
+    with pytest.raises(ValueError, match="checkpoint cannot be taken: group 0 asks Adam for amsgrad"):
         FriendlySAM(params, Adam, lr=0.1).load_state_dict(theirs.state_dict())
 
 
@@ -552,7 +569,7 @@ def test_a_base_may_make_its_state_in_its_constructor(sigma):
     for count in (1, 2):
         step(optimizer, 1.0)
         assert [float(optimizer.state[param]["count"]) for param in params] == [count, count]
-        assert all(("ema" in optimizer.state[param]) == (sigma > 0) for param in params)
+        assert all(("fsam_ema" in optimizer.state[param]) == (sigma > 0) for param in params)
     torch.testing.assert_close(params[0].detach(), torch.full((3,), 0.8))
     resumed = FriendlySAM(params, MakesStateAtOnce, lr=0.1, sigma=sigma)
     resumed.load_state_dict(optimizer.state_dict())

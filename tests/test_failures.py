@@ -36,7 +36,7 @@ def test_average_of_the_subtracted_gradient():
         if step >= 200:
             cosines.append(torch.cosine_similarity((p.detach() - before), mean, dim=0))
         optimizer.second_step()
-    average = optimizer.state[p]["ema"].mean()
+    average = optimizer.state[p]["fsam_ema"].mean()
     assert abs(average - 1.0) < 0.05
     assert abs(torch.stack(cosines).mean()) < 0.05
 
@@ -65,7 +65,7 @@ def test_backup_in_the_checkpoint():
     optimizer = FriendlySAM(model.parameters(), AdamW, lr=0.01)
     train(model, optimizer, batches(2))
     names = {name for entry in optimizer.state_dict()["state"].values() for name in entry}
-    assert names == {"ema", "exp_avg", "exp_avg_sq", "step"}
+    assert names == {"fsam_ema", "exp_avg", "exp_avg_sq", "step"}
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])

@@ -111,7 +111,7 @@ def test_a_model_moved_after_its_optimizer_was_made(device, before):
     assert all(param.data_ptr() != pointer for param, pointer in zip(model.parameters(), old))
     steps += run(model, optimizer, batches(4, device, 20))
     assert_told_again(start, steps)
-    assert all(optimizer.state[param]["ema"].device == param.device for param in model.parameters())
+    assert all(optimizer.state[param]["fsam_ema"].device == param.device for param in model.parameters())
 
 
 def through_a_file(model: nn.Module, optimizer: FriendlySAM, device: str, map_location: str | None, make_again: Any):

@@ -101,8 +101,8 @@ def test_each_float32_step_is_the_float64_step_to_a_few_ulp():
         exact = copy.deepcopy(model).double()
         reference = OfficialFriendlySAM(exact.parameters(), SGD, rho=0.2, lr=0.05, momentum=0.9, weight_decay=1e-2)
         for p, q in zip(model.parameters(), exact.parameters(), strict=True):
-            if "ema" in optimizer.state[p]:
-                reference.momentum[q] = optimizer.state[p]["ema"].double()
+            if "fsam_ema" in optimizer.state[p]:
+                reference.momentum[q] = optimizer.state[p]["fsam_ema"].double()
                 reference.base.state[q]["momentum_buffer"] = optimizer.state[p]["momentum_buffer"].double()
         for half in ("first_step", "second_step"):
             optimizer.zero_grad()
@@ -134,7 +134,7 @@ def test_options_are_per_group():
     train(mine, optimizer, data)
     train(official, OfficialFriendlySAM(groups(official), SGD, **kwargs), data)
     assert worst(official, mine) < 1e-12
-    assert "ema" not in optimizer.state[optimizer.param_groups[1]["params"][0]]  # sigma = 0 keeps no average
+    assert "fsam_ema" not in optimizer.state[optimizer.param_groups[1]["params"][0]]  # sigma = 0 keeps no average
 
 
 def test_options_may_change_between_steps():
@@ -168,8 +168,8 @@ def test_sam_is_sigma_zero_and_keeps_no_average(adaptive):
         data,
     )
     assert worst(official, mine) < 1e-12
-    assert not any("ema" in entry for entry in optimizer.state.values())
-    assert all("ema" not in flat.buffers for flat in optimizer._passes.layout.flats.values())
+    assert not any("fsam_ema" in entry for entry in optimizer.state.values())
+    assert all("fsam_ema" not in flat.names for flat in optimizer._passes.layout.flats.values())
 
 
 def test_at_sigma_one_both_forms_of_the_average_point_the_same_way():
@@ -183,7 +183,7 @@ def test_at_sigma_one_both_forms_of_the_average_point_the_same_way():
     for model, optimizer in zip(models, optimizers, strict=True):
         train(model, optimizer, data[:1])
         for p in model.parameters():  # the same average in both
-            optimizer.state[p]["ema"].fill_(0.01)
+            optimizer.state[p]["fsam_ema"].fill_(0.01)
     for model, optimizer in zip(models, optimizers, strict=True):
         optimizer.zero_grad()
         backward(model, data[1])
@@ -208,7 +208,7 @@ def test_several_dtypes_in_one_optimizer():
     for p, q in zip(params, exact, strict=True):  # one norm over all of them
         assert torch.allclose(p.double(), q, rtol=4 * torch.finfo(p.dtype).eps, atol=0.1 * torch.finfo(p.dtype).eps)
     optimizer.second_step()
-    assert {optimizer.state[p]["ema"].dtype for p in params} == {torch.float32, torch.float64}
+    assert {optimizer.state[p]["fsam_ema"].dtype for p in params} == {torch.float32, torch.float64}
 
 
 def on_two_devices(optimizer):
@@ -247,9 +247,9 @@ def test_several_devices_in_one_optimizer(base):
 def test_state_keys_are_those_of_torch():
     model = network()
     for base, kwargs, keys in [
-        (SGD, {"lr": 0.1, "momentum": 0.9}, {"ema", "momentum_buffer"}),
-        (SGD, {"lr": 0.1}, {"ema"}),
-        (AdamW, {"lr": 0.1}, {"ema", "exp_avg", "exp_avg_sq", "step"}),
+        (SGD, {"lr": 0.1, "momentum": 0.9}, {"fsam_ema", "momentum_buffer"}),
+        (SGD, {"lr": 0.1}, {"fsam_ema"}),
+        (AdamW, {"lr": 0.1}, {"fsam_ema", "exp_avg", "exp_avg_sq", "step"}),
     ]:
         optimizer = FriendlySAM(model.parameters(), base, **kwargs)
         train(model, optimizer, batches(3))
@@ -289,7 +289,7 @@ def test_non_contiguous_parameters():
     train(mine, optimizer, data)
     train(official, OfficialFriendlySAM(official.parameters(), SGD, lr=0.05, momentum=0.9), data)
     assert worst(official, mine) < 1e-12
-    assert optimizer.state[mine[4].weight]["ema"].stride() == mine[4].weight.stride()
+    assert optimizer.state[mine[4].weight]["fsam_ema"].stride() == mine[4].weight.stride()
 
 
 def test_ten_thousand_tiny_tensors():
@@ -461,7 +461,7 @@ def test_stats():
     model = network()
     optimizer = FriendlySAM(model.parameters(), SGD, lr=0.05, sigma=0.7)
     train(model, optimizer, batches(5))
-    average = torch.cat([optimizer.state[p]["ema"].flatten() for p in model.parameters()]).clone()
+    average = torch.cat([optimizer.state[p]["fsam_ema"].flatten() for p in model.parameters()]).clone()
     optimizer.zero_grad()
     backward(model, next(batches(1)))
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -485,7 +485,7 @@ def test_pointers_and_buffers_stay_where_they_are():
 
     def addresses():
         state = [t.data_ptr() for p in model.parameters() for t in optimizer.state[p].values()]
-        flats = [b.data_ptr() for flat in optimizer._passes.layout.flats.values() for b in flat.buffers.values()]
+        flats = [b.data_ptr() for flat in optimizer._passes.layout.flats.values() for b in map(flat.buffer, flat.names)]
         return [p.data_ptr() for p in model.parameters()], state, flats
 
     before = addresses()

@@ -23,6 +23,12 @@ LOW = [torch.bfloat16, torch.float16]
 SHAPES = [(300,), (7, 33), (1,), (0,), (4097,)]
 
 
+def average_of(entry):
+    """The float32 values of an average, whatever stores it."""
+    ema = entry["fsam_ema"]
+    return dequantize(ema, entry["fsam_ema_scale"]) if ema.dtype == torch.int8 else ema.float()
+
+
 def parameters(dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
@@ -75,10 +81,10 @@ def test_masters_train_like_float32_weights_to_the_bit(base, dtype):
     for got, wanted in zip(perturbed, expected, strict=True):
         assert all(map(identical, got, wanted))
     for p, q in zip(params, exact, strict=True):
-        assert identical(optimizer.state[p]["master"], q)
+        assert identical(optimizer.state[p]["fsam_master"], q)
         assert identical(p, q.to(dtype))
-        assert identical(optimizer.state[p]["ema"], reference.state[q]["ema"])
-    assert "backup" not in next(iter(optimizer._passes.layout.flats.values())).buffers
+        assert identical(optimizer.state[p]["fsam_ema"], reference.state[q]["fsam_ema"])
+    assert "backup" not in next(iter(optimizer._passes.layout.flats.values())).names
 
 
 def test_small_updates_are_lost_without_masters_and_kept_with_them():
@@ -97,14 +103,14 @@ def test_an_exception_and_a_restore_bring_the_weights_back():
     optimizer = FriendlySAM(params, SGD, rho=3.0, master_weights=True, **KWARGS[SGD])
     run(params, optimizer, gradients(2, torch.bfloat16))
     before = [p.detach().clone() for p in params]
-    masters = [optimizer.state[p]["master"].clone() for p in params]
+    masters = [optimizer.state[p]["fsam_master"].clone() for p in params]
     optimizer.first_step()
     assert not identical(params[0], before[0])
     optimizer.restore()
     with pytest.raises(KeyError), optimizer.perturbed():
         raise KeyError
     assert all(map(identical, params, before))
-    assert all(identical(optimizer.state[p]["master"], m) for p, m in zip(params, masters, strict=True))
+    assert all(identical(optimizer.state[p]["fsam_master"], m) for p, m in zip(params, masters, strict=True))
 
 
 def test_a_non_finite_ascent_leaves_masters_alone():
@@ -127,13 +133,13 @@ def test_weights_that_others_write_reach_the_masters():
     params = parameters(torch.bfloat16)
     optimizer = FriendlySAM(params, SGD, master_weights=True, **KWARGS[SGD])
     run(params, optimizer, gradients(2, torch.bfloat16))
-    kept = optimizer.state[params[1]]["master"].clone()
+    kept = optimizer.state[params[1]]["fsam_master"].clone()
     with torch.no_grad():
         params[0].fill_(5.0)
     optimizer.first_step()
     optimizer.restore()
-    assert (params[0] == 5).all() and (optimizer.state[params[0]]["master"] == 5).all()
-    assert identical(optimizer.state[params[1]]["master"], kept)  # the others keep the bits that their weights lack
+    assert (params[0] == 5).all() and (optimizer.state[params[0]]["fsam_master"] == 5).all()
+    assert identical(optimizer.state[params[1]]["fsam_master"], kept)  # bits that weights lack
 
 
 def test_only_some_parameters_have_gradients_in_the_second_pass():
@@ -154,7 +160,7 @@ def test_only_some_parameters_have_gradients_in_the_second_pass():
             ps[1].grad = None
         one.second_step()
     assert all(identical(p, q) for i, (p, q) in enumerate(zip(params, twins, strict=True)) if i != 1)
-    assert identical(params[1], optimizer.state[params[1]]["master"].bfloat16())
+    assert identical(params[1], optimizer.state[params[1]]["fsam_master"].bfloat16())
 
 
 @pytest.mark.parametrize("ema_dtype", [None, torch.bfloat16, torch.int8])
@@ -242,14 +248,14 @@ def test_the_error_of_a_compressed_average_stays_bounded(ema_dtype, lmbda):
         for p, q, most in zip(exact, compressed, largest, strict=True):
             state = other.state[q]
             if ema_dtype == torch.int8:
-                average = dequantize(state["ema"], state["ema_scale"])
-                rounding = state["ema_scale"].repeat_interleave(128)[: p.numel()].view(p.shape) / 2
+                average = dequantize(state["fsam_ema"], state["fsam_ema_scale"])
+                rounding = state["fsam_ema_scale"].repeat_interleave(128)[: p.numel()].view(p.shape) / 2
             else:
-                average = state["ema"].float()
+                average = state["fsam_ema"].float()
                 rounding = average.abs() * 2**-8  # half a unit in the last place is at most this
             torch.maximum(most, rounding, out=most)
             # 1 %: for the rounding of the rounding, and of the float32 arithmetic.
-            assert bool(((average - one.state[p]["ema"]).abs() <= 1.01 * most / (1 - lmbda) + 1e-6).all())
+            assert bool(((average - one.state[p]["fsam_ema"]).abs() <= 1.01 * most / (1 - lmbda) + 1e-6).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
@@ -262,7 +268,7 @@ def test_compressed_averages_resume_bit_for_bit(ema_dtype, dtype):
     run(params, optimizer, data[:10])
     twins, resumed = saved_and_loaded(optimizer, params, SGD, **options)
     for p, q in zip(params, twins, strict=True):
-        assert optimizer.state[p]["ema"].dtype == resumed.state[q]["ema"].dtype == ema_dtype
+        assert optimizer.state[p]["fsam_ema"].dtype == resumed.state[q]["fsam_ema"].dtype == ema_dtype
     run(params, optimizer, data[10:])
     run(twins, resumed, data[10:])
     assert all(map(identical, params, twins))
@@ -279,9 +285,15 @@ def test_a_checkpoint_of_another_average_is_converted(before, after):
     twins, other = saved_and_loaded(optimizer, params, SGD, ema_dtype=after)
     for p, q in zip(params, twins, strict=True):
         kept, loaded = optimizer.state[p], other.state[q]
-        assert loaded["ema"].dtype == after and ("ema_scale" in loaded) == (after == torch.int8)
-        values = dequantize(kept["ema"], kept["ema_scale"]) if before == torch.int8 else kept["ema"].float()
-        result = dequantize(loaded["ema"], loaded["ema_scale"]) if after == torch.int8 else loaded["ema"].float()
+        assert loaded["fsam_ema"].dtype == after and ("fsam_ema_scale" in loaded) == (after == torch.int8)
+        values = (
+            dequantize(kept["fsam_ema"], kept["fsam_ema_scale"]) if before == torch.int8 else kept["fsam_ema"].float()
+        )
+        result = (
+            dequantize(loaded["fsam_ema"], loaded["fsam_ema_scale"])
+            if after == torch.int8
+            else loaded["fsam_ema"].float()
+        )
         if p.numel():
             largest = float(values.abs().max())
             step = {torch.float32: 0, torch.bfloat16: 2**-8, torch.int8: 0.501 / 127}[after]
@@ -300,7 +312,7 @@ def test_an_average_that_has_seen_nothing_stays_unset_through_a_checkpoint():
         twins[0].grad = torch.full((300,), 2.0)
         other.first_step()
         state = other.state[twins[0]]
-        ema = dequantize(state["ema"], state["ema_scale"]) if dtype == torch.int8 else state["ema"]
+        ema = dequantize(state["fsam_ema"], state["fsam_ema_scale"]) if dtype == torch.int8 else state["fsam_ema"]
         assert torch.allclose(ema, torch.full((300,), 2.0), rtol=2e-5)  # a scale has 17 bits
 
 
@@ -321,8 +333,8 @@ def test_quantization_outside_the_kernels_is_that_of_the_kernels():
     run(params, optimizer, [[torch.randn(1000) * 10.0 ** torch.randint(-6, 6, (1000,))]] * 2)
     first = params[0].grad  # the first gradient is the average
     codes, scales = quantize(first)
-    assert identical(optimizer.state[params[0]]["ema"], codes)
-    assert identical(optimizer.state[params[0]]["ema_scale"], scales)
+    assert identical(optimizer.state[params[0]]["fsam_ema"], codes)
+    assert identical(optimizer.state[params[0]]["fsam_ema_scale"], scales)
 
 
 def test_channels_last_parameters_with_int8_averages():
@@ -331,15 +343,15 @@ def test_channels_last_parameters_with_int8_averages():
     p.grad = torch.randn_like(p)
     optimizer.first_step()
     state = optimizer.state[p]
-    step = state["ema_scale"].max() / 2
-    assert ((dequantize(state["ema"], state["ema_scale"]) - p.grad).abs() <= step).all()
+    step = state["fsam_ema_scale"].max() / 2
+    assert ((dequantize(state["fsam_ema"], state["fsam_ema_scale"]) - p.grad).abs() <= step).all()
     optimizer.restore()
     q = nn.Parameter(p.detach().contiguous())  # a checkpoint that meets another memory order
     other = FriendlySAM([q], SGD, ema_dtype=torch.int8, **KWARGS[SGD])
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     loaded = other.state[q]
-    assert loaded["ema"].stride() == q.stride()
-    assert ((dequantize(loaded["ema"], loaded["ema_scale"]) - p.grad).abs() <= 2 * step).all()
+    assert loaded["fsam_ema"].stride() == q.stride()
+    assert ((dequantize(loaded["fsam_ema"], loaded["fsam_ema_scale"]) - p.grad).abs() <= 2 * step).all()
 
 
 @pytest.mark.parametrize("source", ["ascent", "descent"])
@@ -353,7 +365,7 @@ def test_the_average_of_the_second_gradients(source, ema_dtype):
     for i, p in enumerate(params):
         expected = 0.5 * (0.5 * of[0][i] + 0.5 * of[1][i]) + 0.5 * of[2][i]
         state = optimizer.state[p]
-        ema = dequantize(state["ema"], state["ema_scale"]) if ema_dtype else state["ema"]
+        ema = dequantize(state["fsam_ema"], state["fsam_ema_scale"]) if ema_dtype else state["fsam_ema"]
         assert torch.allclose(ema, expected, atol=0.03 if ema_dtype else 1e-6)
 
 
@@ -459,9 +471,9 @@ def test_an_int8_average_without_its_scales_is_refused_by_load():
     optimizer = FriendlySAM(params, SGD, ema_dtype=torch.int8, **KWARGS[SGD])
     run(params, optimizer, gradients(1, torch.float32))
     checkpoint = copy.deepcopy(optimizer.state_dict())
-    del checkpoint["state"][0]["ema_scale"]
+    del checkpoint["state"][0]["fsam_ema_scale"]
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match="'ema_scale' of parameter 0 .* is missing"):
+    with pytest.raises(ValueError, match="'fsam_ema_scale' of parameter 0 .* is missing"):
         optimizer.load_state_dict(checkpoint)
     for name, value in before["state"][0].items():
         assert identical(optimizer.state_dict()["state"][0][name], value)
@@ -493,7 +505,7 @@ def test_bytes_per_parameter(base, own, dtype, options, over):
     (flat,) = optimizer._passes.layout.flats.values()
     (segment,) = optimizer._passes.layout.segments_of(0)
     sums = (optimizer._passes.norm.totals[flat.device], *optimizer._passes._effects)
-    tensors = [*flat.buffers.values(), segment.partials, *sums]
+    tensors = [*map(flat.buffer, flat.names), segment.partials, *sums]
     held = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     masters = 4 if flat.masters else 0
     assert abs(held / numel - own - masters - over) < 0.02

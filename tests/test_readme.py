@@ -17,7 +17,7 @@ def test_the_example_trains():
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     optimizer, model = names["optimizer"], names["model"]
-    assert {"ema", "momentum_buffer"} <= set(optimizer.state[model.weight])
+    assert {"fsam_ema", "momentum_buffer"} <= set(optimizer.state[model.weight])
     assert all(bool(torch.isfinite(param).all()) for param in model.parameters())
 
 

@@ -74,7 +74,7 @@ def test_the_average_sees_every_gradient():
         else:
             optimizer.step()
     for p, average in expected.items():
-        assert torch.allclose(optimizer.state[p]["ema"], average, rtol=1e-12)
+        assert torch.allclose(optimizer.state[p]["fsam_ema"], average, rtol=1e-12)
 
 
 def test_a_non_finite_gradient_of_a_plain_step_leaves_the_average_alone():
@@ -88,7 +88,7 @@ def test_a_non_finite_gradient_of_a_plain_step_leaves_the_average_alone():
     optimizer.step()
     expected = torch.full((10,), 0.9 * 1 + 0.1 * 3.0)
     expected[4] = 1.0
-    assert torch.allclose(optimizer.state[p]["ema"], expected)
+    assert torch.allclose(optimizer.state[p]["fsam_ema"], expected)
 
 
 @pytest.mark.parametrize("options", [{"every": 3}, {"start": 4}, {"every": 2, "start": 3, "end": 8}])

@@ -1,23 +1,21 @@
-"""What a checkpoint of this package, of other SAM implementations or of a plain torch optimizer holds, in our names."""
+"""The forms of checkpoints: of this package, of other SAM implementations, of a plain torch optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .keys import FORMAT, LAYOUT, OWN_OPTIONS, OWN_STATE, SHAPED, ema_dtype, has_masters, uses_ema
-from .quantization import dequantize, quantize
-from .shards import Describe, local, placed_like
+from .keys import EMA, FORMAT, FORMER_NAMES, LAYOUT, NAMES, OWN_OPTIONS, OWN_STATE, STEP
 
-# 0: before groups had this number; dtypes among the options. 1: the number, and dtypes as words.
-CURRENT_FORMAT = 1
+# 0: before groups had this number; dtypes among the options. 1: the number, and dtypes of ours as words. 2: state of
+# ours has names that no base has.
+CURRENT_FORMAT = 2
 
 # What github.com/nblt/F-SAM and github.com/davda54/sam keep for each parameter, and what we call it. The perturbed and
 # the saved copies are of no use later.
-OTHERS_STATE = {"momentum": "ema", "old_p": None, "first_grad": None, "e_w": None}
+OTHERS_STATE = {"momentum": EMA, "old_p": None, "first_grad": None, "e_w": None}
 
 
 def is_optimizer_state(thing: Any) -> bool:
@@ -26,8 +24,7 @@ def is_optimizer_state(thing: Any) -> bool:
         isinstance(thing, dict)
         and isinstance(thing.get("state"), dict)
         and isinstance(thing.get("param_groups"), list)
-        and all(isinstance(part, dict) for part in (*thing["state"].values(), *thing["param_groups"]))
-        and all("params" in group for group in thing["param_groups"])
+        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in thing["param_groups"])
     )
 
 
@@ -36,23 +33,46 @@ def check_form(state_dict: Any) -> None:
     if not is_optimizer_state(state_dict):
         kind = f"a dict with {', '.join(map(repr, state_dict))}" if isinstance(state_dict, dict) else type(state_dict)
         raise ValueError(f"an optimizer's state_dict has 'state' and 'param_groups'; this is {kind}")
-    newest = max((group.get(FORMAT, 0) for group in state_dict["param_groups"]), default=0)
-    if newest > CURRENT_FORMAT:
-        raise ValueError(
-            f"the checkpoint has format {newest}, and this release of fsam_ext reads formats up to {CURRENT_FORMAT}; "
-            "install the release that wrote it"
-        )
+    for group in state_dict["param_groups"]:
+        number, step = group.get(FORMAT, 0), group.get(STEP, 0)
+        if type(number) is not int or type(step) is not int or step < 0:
+            raise ValueError(
+                f"{FORMAT} and {STEP} of a checkpoint's groups are whole numbers, not {number!r} and {step!r}"
+            )
+        if number > CURRENT_FORMAT:
+            raise ValueError(
+                f"the checkpoint has format {number}, and this release of fsam_ext reads formats up to "
+                f"{CURRENT_FORMAT}; install the release that wrote it"
+            )
 
 
-def in_our_names(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """The state of every parameter without what other implementations keep for one step only."""
+def origin(state_dict: dict[str, Any]) -> str:
+    """Which kind of implementation an optimizer's state_dict is of: "fsam_ext", "sam" or "torch"."""
+    options = {name for group in state_dict["param_groups"] for name in group}
+    if options & {STEP, FORMAT} or options >= {"rho", "sigma", "lmbda", "perturb_eps"}:
+        return "fsam_ext"
+    # Both are options of every SAM implementation; a base may have one of them.
+    return "sam" if options >= {"rho", "adaptive"} else "torch"
+
+
+def in_our_names(state_dict: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+    """The state of every parameter in the names of this release.
+
+    What another implementation keeps for one step only is left out. What a base optimizer keeps has the base's names,
+    whatever they are: so those of other implementations are looked for only where one wrote the checkpoint.
+    """
+    names: dict[str, str | None] = {}
+    if origin(state_dict) == "sam":
+        names = OTHERS_STATE
+    elif (
+        origin(state_dict) == "fsam_ext" and min((g.get(FORMAT, 0) for g in state_dict["param_groups"]), default=2) < 2
+    ):
+        names = FORMER_NAMES
     return {
-        key: {
-            OTHERS_STATE.get(name, name): value
-            for name, value in entry.items()
-            if OTHERS_STATE.get(name, name) is not None
-        }
-        for key, entry in state.items()
+        key: {names.get(name, name): value for name, value in entry.items() if names.get(name, name) is not None}
+        if isinstance(entry, dict)
+        else entry
+        for key, entry in state_dict["state"].items()
     }
 
 
@@ -73,10 +93,13 @@ def to_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
     check_form(state_dict)
     state = {
         key: {name: value for name, value in entry.items() if name not in OWN_STATE and not _is_unset(name, value)}
-        for key, entry in in_our_names(state_dict["state"]).items()
+        if isinstance(entry, dict)
+        else entry
+        for key, entry in in_our_names(state_dict).items()
     }
     return {
-        "state": {key: entry for key, entry in state.items() if entry},
+        **state_dict,
+        "state": {key: entry for key, entry in state.items() if not isinstance(entry, dict) or entry},
         "param_groups": [
             {name: value for name, value in group.items() if name not in OWN_OPTIONS}
             for group in state_dict["param_groups"]
@@ -88,10 +111,26 @@ def translate(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) ->
     """A checkpoint with state in our names, and with the present options for those that it lacks.
 
     Raises:
-        ValueError: it cannot be a checkpoint.
+        ValueError: it cannot be a checkpoint of an optimizer with these groups.
     """
     check_form(state_dict)
     saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(param_groups):
+        raise ValueError(
+            f"the checkpoint has {len(saved_groups)} param groups, and the optimizer {len(param_groups)}: loaded state "
+            "dict has a different number of parameter groups"
+        )
+    for number, (mine, saved) in enumerate(zip(param_groups, saved_groups)):
+        if len(mine["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"group {number} of the checkpoint has {len(saved['params'])} parameters, and the optimizer's "
+                f"{len(mine['params'])}: a parameter group that doesn't match the size of optimizer's group"
+            )
+    keys = [key for saved in saved_groups for key in saved["params"]]
+    if not all(isinstance(key, (int, str)) for key in keys) or len({*keys}) != len(keys):
+        raise ValueError(
+            "the checkpoint's groups do not number their parameters: 'params' has to hold distinct numbers"
+        )
     groups = [
         {
             **{name: value for name, value in mine.items() if name not in ("params", "param_names")},
@@ -99,141 +138,11 @@ def translate(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) ->
         }
         for mine, saved in zip(param_groups, saved_groups)
     ]
-    state = in_our_names(state_dict["state"])
-    return {**state_dict, "state": state, "param_groups": groups + saved_groups[len(groups) :]}
-
-
-def entries(
-    state_dict: dict[str, Any],
-    param_groups: list[dict[str, Any]],
-    base_state: Callable[[dict[str, Any]], tuple[str, ...]],
-    describe: Describe,
-) -> list[tuple[Tensor, str, Tensor]]:
-    """(parameter, name, value) of every tensor in the state, by position as torch does it.
-
-    Args:
-        base_state: tells which state of the base optimizer belongs together in a group.
-
-    Raises:
-        ValueError: a part is missing, or is not of its parameter.
-    """
-    found = []
-    for saved, group in zip(state_dict["param_groups"], param_groups):
-        together = base_state(group)
-        for key, param in zip(saved["params"], group["params"]):
-            entry = {name: value for name, value in state_dict["state"].get(key, {}).items() if value is not None}
-            missing = [name for name in together if name not in entry]
-            if len(missing) == len(together):
-                missing = []  # it has none of the base optimizer's state: that starts anew
-            ema = entry.get("ema")
-            if isinstance(ema, Tensor) and ema.dtype == torch.int8 and "ema_scale" not in entry:
-                missing.append("ema_scale")
-            if missing:
-                raise ValueError(
-                    f"state '{missing[0]}' of {describe(param)} is missing in the checkpoint, which has "
-                    f"{', '.join(map(repr, entry))}; load one that is complete"
-                )
-            for name, value in entry.items():
-                shape = tuple(value.shape) if isinstance(value, Tensor) else None
-                if name in SHAPED and shape != tuple(param.shape):
-                    is_what = f"is {type(value).__name__}" if shape is None else f"has shape {shape}"
-                    raise ValueError(
-                        f"state '{name}' of {describe(param)} {is_what} in the checkpoint; load one that was saved "
-                        "with this model"
-                    )
-                if isinstance(value, Tensor):
-                    found.append((param, name, value))
-    return found
+    return {**state_dict, "state": in_our_names(state_dict), "param_groups": groups}
 
 
 def in_words(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state_dict whose options have words for dtypes, which torch.distributed.checkpoint takes for no option."""
+    """A state_dict with words for dtypes among our options: torch.distributed.checkpoint takes dtypes for no option."""
     for group in state_dict["param_groups"]:
-        group.update({name: str(value) for name, value in group.items() if isinstance(value, torch.dtype)})
+        group.update({name: str(group[name]) for name in NAMES if isinstance(group.get(name), torch.dtype)})
     return state_dict
-
-
-def copies(
-    state_dict: dict[str, Any],
-    param_groups: list[dict[str, Any]],
-    base_state: Callable[[dict[str, Any]], tuple[str, ...]],
-    describe: Describe,
-) -> list[tuple[Tensor, str, Tensor]]:
-    """:func:`entries`, each copied to where its parameter lies, in its own dtype: it may be another optimizer's."""
-    found = []
-    for param, name, value in entries(state_dict, param_groups, base_state, describe):
-        if value.shape == param.shape and name != "step":
-            copy = placed_like(param, value)
-        else:
-            copy = value.detach().to(device=value.device if name == "step" else param.device, copy=True)
-        found.append((param, name, copy))
-    return found
-
-
-def put(found: list[tuple[Tensor, str, Tensor]], state: Any, param_groups: list[dict[str, Any]]) -> None:
-    """Puts what :func:`copies` found into ``state``, F-SAM's own part in the form that each group keeps it in."""
-    for param, name, value in found:
-        state[param][name] = value
-    for group in param_groups:
-        for param in group["params"]:
-            if param in state:
-                adopt(state[param], converted(state[param], param, group))
-
-
-def asks_for_state(state: dict[Tensor, dict[str, Any]], param_groups: list[dict[str, Any]]) -> bool:
-    """Whether a step() without an ascent wants nothing but state.
-
-    NOTE [how torch.distributed.checkpoint asks for state]
-    To have something to load into, it fills every gradient of an optimizer without any state with zeros, sets every lr
-    to 0 (a tensor on the CPU where it was a tensor), and calls step(). All of that together cannot be a training step
-    that lacks its ascent: it would change no weight. So only this is let through, and made to change nothing at all:
-    the average is still one that has seen no gradient.
-    """
-    if state:
-        return False
-    for group in param_groups:
-        lr = group.get("lr", 0.0)
-        if isinstance(lr, Tensor) and lr.device.type != "cpu" or float(lr) != 0.0:
-            return False
-    grads = [param.grad for group in param_groups for param in group["params"] if param.requires_grad]
-    return all(grad is not None and not local(grad).any() for grad in grads)
-
-
-def check_shapes(entry: dict[str, Any], param: Tensor, describe: Describe) -> None:
-    """Raises RuntimeError where a parameter has grown or shrunk since it got its state."""
-    for name in SHAPED:
-        value = entry.get(name)
-        if isinstance(value, Tensor) and value.shape != param.shape:
-            raise RuntimeError(
-                f"state '{name}' of {describe(param)} has shape {tuple(value.shape)}, the parameter now has "
-                f"{tuple(param.shape)}; `del optimizer.state[parameter]` to let its state start anew"
-            )
-
-
-def converted(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-    """F-SAM's own part of one parameter's state, in the form that its group keeps it in; ``entry`` stays as it is."""
-    own = {name: entry[name] for name in OWN_STATE if entry.get(name) is not None}
-    if not has_masters(group, param.dtype):
-        own.pop("master", None)
-    if not uses_ema(group):
-        own.pop("ema", None)
-    ema, scale = own.get("ema"), own.pop("ema_scale", None)
-    if ema is None:
-        return own
-    wanted = ema_dtype(group, param.dtype)
-    if ema.dtype == torch.int8 and (wanted != torch.int8 or ema.stride() != param.stride()):
-        ema = dequantize(ema, scale)
-    if wanted == torch.int8 and ema.dtype != torch.int8:
-        ema, scale = quantize(torch.empty_like(param, dtype=torch.float32).copy_(ema))
-    own["ema"] = ema.to(wanted)
-    if ema.dtype == torch.int8:
-        own["ema_scale"] = scale
-    return own
-
-
-def adopt(entry: dict[str, Any], own: dict[str, Any]) -> None:
-    """Puts F-SAM's own part into one parameter's state, in one go; what it lacks goes."""
-    entry.update(own)
-    for name in OWN_STATE:
-        if name not in own:
-            entry.pop(name, None)

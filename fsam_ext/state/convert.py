@@ -15,19 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checkpoints
 from .checkpoints import CURRENT_FORMAT, check_form, in_our_names, is_optimizer_state, to_torch
-from .keys import FORMAT, OWN_STATE, STEP
+from .keys import FORMAT
 
 
 def origin(state_dict: dict[str, Any]) -> str:
     """Which implementation an optimizer's state_dict is of, as far as it tells."""
+    kind = checkpoints.origin(state_dict)
     names = {name for entry in state_dict["state"].values() for name in entry}
-    options = {name for group in state_dict["param_groups"] for name in group}
-    if names & set(OWN_STATE) or STEP in options:
-        return "fsam_ext"
-    if "momentum" in names:
-        return "the official F-SAM code"
-    return "a SAM implementation" if names & {"old_p", "e_w"} or "rho" in options else "a torch optimizer"
+    if kind == "sam":
+        return "the official F-SAM code" if "momentum" in names else "a SAM implementation"
+    return {"fsam_ext": "fsam_ext", "torch": "a torch optimizer"}[kind]
 
 
 def convert(state_dict: dict[str, Any], to: str) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def convert(state_dict: dict[str, Any], to: str) -> dict[str, Any]:
         return to_torch(state_dict)
     check_form(state_dict)
     groups = [{**group, FORMAT: CURRENT_FORMAT} for group in state_dict["param_groups"]]
-    state = {key: entry for key, entry in in_our_names(state_dict["state"]).items() if entry}
+    state = {key: entry for key, entry in in_our_names(state_dict).items() if entry}
     return {"state": state, "param_groups": groups}
 
 

@@ -19,9 +19,12 @@ FORMAT = "fsam_format"
 OWN_OPTIONS = (*NAMES, STEP, FORMAT)
 
 # State that F-SAM adds to a base optimizer's.
-OWN_STATE = ("ema", "ema_scale", "master")
+EMA, EMA_SCALE, MASTER = "fsam_ema", "fsam_ema_scale", "fsam_master"
+OWN_STATE = (EMA, EMA_SCALE, MASTER)
 # State that has its parameter's shape.
-SHAPED = ("ema", "master", "momentum_buffer", "exp_avg", "exp_avg_sq")
+SHAPED = (EMA, MASTER, "momentum_buffer", "exp_avg", "exp_avg_sq")
+# What it was called in checkpoints of formats 0 and 1.
+FORMER_NAMES = {"ema": EMA, "ema_scale": EMA_SCALE, "master": MASTER}
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -39,3 +42,8 @@ def ema_dtype(group: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
 def has_masters(group: dict[str, Any], dtype: torch.dtype) -> bool:
     """Whether a group's parameters of ``dtype`` have float32 masters."""
     return bool(group["master_weights"]) and dtype in LOW_PRECISION
+
+
+def draws(group: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether a group's parameters of ``dtype`` are rounded at random."""
+    return bool(group["stochastic_rounding"]) and dtype in LOW_PRECISION

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
 
 from . import shards
+from .keys import LOW_PRECISION
 from .shards import Describe
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -38,8 +40,15 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def is_uninitialized(param: Tensor) -> bool:
+    """Whether this is a parameter of a lazy module, which gets its shape in the first forward pass."""
+    return isinstance(param, UninitializedTensorMixin)
+
+
 def check_parameter(param: Tensor, describe: Describe) -> None:
     """Raises ValueError or TypeError for a parameter that no backend can perturb."""
+    if is_uninitialized(param):
+        return
     if param.is_meta:
         raise ValueError(f"{describe(param)} is on the meta device; materialise the model before making the optimizer")
     if not param.requires_grad:
@@ -63,6 +72,12 @@ def check_gradient(param: Tensor, describe: Describe) -> None:
     assert grad is not None
     if grad.layout != torch.strided:
         raise RuntimeError(f"the gradient of {describe(param)} is sparse; use sparse=False in the layer that makes it")
+    if grad.dtype != param.dtype and getattr(param, "grad_dtype", param.dtype) in (None, grad.dtype):
+        raise RuntimeError(
+            f"the gradient of {describe(param)} is {grad.dtype}, which its grad_dtype allows, and the parameter "
+            f"{param.dtype}; F-SAM reads gradients in their parameter's dtype: do not set grad_dtype, or keep the "
+            f"parameter in {grad.dtype}"
+        )
     if grad.shape != param.shape or grad.dtype != param.dtype:
         raise RuntimeError(
             f"the gradient of {describe(param)} has shape {tuple(grad.shape)} and {grad.dtype}, the parameter "
@@ -84,3 +99,34 @@ def check_disjoint(params: Sequence[Tensor], describe: Describe) -> None:
                 f"{describe(params[first])} and {describe(params[second])} share memory, so neither could be restored; "
                 "tie weights by using one Parameter in both places"
             )
+
+
+def check_kept(group: dict[str, Any], fused: bool, describe: Describe) -> None:
+    """Raises for options that do not go with the dtypes of a group's parameters, or with a base that is not fused."""
+    params = [param for param in group["params"] if param.requires_grad and not is_uninitialized(param)]
+    for name in ("master_weights", "stochastic_rounding"):
+        if not group[name]:
+            continue
+        if not fused:
+            raise ValueError(
+                f"{name} needs SGD, Adam or AdamW (without amsgrad) as the base optimizer, which this is not; set it "
+                "to False"
+            )
+        if params and not any(param.dtype in LOW_PRECISION for param in params):
+            raise TypeError(
+                f"{name} is for bfloat16 and float16 parameters, but {describe(params[0])} and all others of its group "
+                f"are {params[0].dtype}; leave the option out, or set it for the groups that need it"
+            )
+    for param in params:
+        if group["ema_dtype"] == torch.int8 and shards.local(param) is not param:
+            raise TypeError(
+                f"{describe(param)} is sharded, and the blocks of ema_dtype=torch.int8 do not follow its shards; use "
+                "torch.bfloat16"
+            )
+        if param.dtype != torch.float64:
+            continue
+        for name, allowed in (("ema_dtype", (None, torch.float64)), ("forward_dtype", (None,))):
+            if group[name] not in allowed:
+                raise TypeError(
+                    f"{describe(param)} is float64, which {name}={group[name]} does not go with; leave it out"
+                )

@@ -46,6 +46,18 @@ class Scaler:
             return None
         return self._grad_scaler.scale(torch.ones((), device=device))
 
+    def count_overflow(self, totals: dict[torch.device, Tensor]) -> None:
+        """Makes the sums of the first pass infinite where ``grad_scaler.unscale_()`` found that a gradient was.
+
+        Clipping or clamping may have made it finite since, which makes it no gradient.
+        """
+        state = self._state
+        if state["stage"] is OptState.UNSCALED:
+            for device, total in totals.items():
+                found = sum(one.to(device, non_blocking=True) for one in state["found_inf_per_device"].values())
+                if isinstance(found, Tensor):
+                    total[0].add_(torch.where(found.reshape(()) > 0, torch.inf, 0.0))
+
     def forget_unscaling(self) -> None:
         """Lets the next gradients be unscaled although the last ones were: to clip those of both passes, say."""
         self._state["stage"] = OptState.READY

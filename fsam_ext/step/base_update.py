@@ -6,7 +6,6 @@ it gives the ops of an update, which transaction.py runs.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -19,7 +18,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..backends import ops
 from ..backends.calls import in_one_go
-from ..state.keys import OWN_OPTIONS, OWN_STATE
+from ..state.keys import OWN_STATE
+from .base_options import take_back, theirs
 from .segments import Guards, Segment
 from .transaction import Journal
 
@@ -36,7 +36,14 @@ def number_or_tensor(value: float | Tensor, device: torch.device) -> tuple[float
 
 
 class FusedBase(ABC):
-    """A base optimizer whose update runs in pass C."""
+    """A base optimizer whose update runs in pass C.
+
+    Attributes:
+        optimizer: torch's own, which never makes a step: it knows its options and checkpoints.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
 
     @abstractmethod
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -84,7 +91,7 @@ class FusedSGD(FusedBase):
             grads,
             segment.offsets,
             saved,
-            segment.flat.buffers["momentum_buffer"] if group["momentum"] != 0 else None,
+            segment.flat.buffer("momentum_buffer") if group["momentum"] != 0 else None,
             *guards,
             *number_or_tensor(group["lr"], segment.flat.device),
             group["momentum"],
@@ -101,8 +108,9 @@ class FusedSGD(FusedBase):
 class FusedAdam(FusedBase):
     """``torch.optim.Adam`` and ``AdamW`` in pass C."""
 
-    def __init__(self, decoupled: bool) -> None:
-        self.decoupled = decoupled
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer)
+        self.decoupled = type(optimizer) is AdamW
 
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Both moments and the step count."""
@@ -121,7 +129,7 @@ class FusedAdam(FusedBase):
         """:func:`fsam_ext.backends.ops.count_steps` and :func:`fsam_ext.backends.ops.restore_adam`."""
         lr, lr_tensor = number_or_tensor(group["lr"], segment.flat.device)
         beta1, beta2 = map(float, group["betas"])
-        steps = segment.flat.buffers["step"]
+        steps = segment.flat.buffer("step")
         count = partial(
             ops.count_steps,
             segment.backend,
@@ -143,8 +151,8 @@ class FusedAdam(FusedBase):
             grads,
             segment.offsets,
             saved,
-            segment.flat.buffers["exp_avg"],
-            segment.flat.buffers["exp_avg_sq"],
+            segment.flat.buffer("exp_avg"),
+            segment.flat.buffer("exp_avg_sq"),
             segment.corrections,
             *guards,
             lr,
@@ -169,7 +177,7 @@ def _update_or_uncount(update: Callable[[], None], segment: Segment, guards: Gua
         update()
     except RuntimeError:
         if journal.count() == before:
-            steps = segment.flat.buffers["step"]
+            steps = segment.flat.buffer("step")
             one = guards.applied(steps).expand(len(segment.step_index))
             in_one_go(partial(steps.index_add_, 0, segment.step_index, one, alpha=-1), partial(journal.cell.sub_, 1))
         raise
@@ -179,12 +187,16 @@ class GenericBase:
     """Any other optimizer: its own ``step`` runs on the restored weights, with its part of our state.
 
     It sees no state of ours, because optimizers take a parameter with an empty state for one they have not met.
+
+    Attributes:
+        optimizer: the base, which has state and groups only while it runs.
+        made: the state that it made when it was made.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         # Some make their state when they are made, and count on it: Adagrad does before torch 2.13.
-        self._made = dict(optimizer.state)
+        self.made = dict(optimizer.state)
 
     def prepare(self, state: dict[Any, Any], param_groups: list[dict[str, Any]]) -> Callable[[], int]:
         """Gives the base its groups and its part of ``state``; returns what tells whether it has written (1) since."""
@@ -194,9 +206,9 @@ class GenericBase:
             else entry
             for key, entry in state.items()
         }
-        parts.update((key, entry) for key, entry in self._made.items() if not parts.get(key))  # loaded state counts
-        self.optimizer.state = defaultdict(dict, {key: part for key, part in parts.items() if part != {}})
-        self.optimizer.param_groups = param_groups
+        parts.update((key, entry) for key, entry in self.made.items() if not parts.get(key))  # loaded state counts
+        set_state(self.optimizer, {key: part for key, part in parts.items() if part != {}})
+        self.optimizer.param_groups = theirs(param_groups)
         before = self._marks()
         return lambda: int(self._marks() != before)
 
@@ -236,8 +248,9 @@ class GenericBase:
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(torch.where(applied.to(tensor.device) != 0, tensor, value))
 
-    def merge(self, state: dict[Any, Any]) -> None:
-        """Puts the base's part back into ``state``; may be done twice."""
+    def merge(self, state: dict[Any, Any], param_groups: list[dict[str, Any]]) -> None:
+        """Puts the base's part back into ``state`` and the groups; may be done twice."""
+        take_back(self.optimizer.param_groups, param_groups)
         for key, part in self.optimizer.state.items():
             entry = state.get(key)
             if not isinstance(part, dict) or not isinstance(entry, dict):
@@ -246,28 +259,17 @@ class GenericBase:
             entry.update(part)
             for name in [name for name in entry if name not in part and name not in OWN_STATE]:
                 del entry[name]
-        self._made = {}
-        self.optimizer.state = defaultdict(dict)  # or it would keep what a user moves elsewhere
+        self.made = {}
+        set_state(self.optimizer, {})  # or it would keep what a user moves elsewhere
 
 
-def base_defaults(base_optimizer: type[Optimizer], base_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The base optimizer's options, checked by the base itself.
-
-    Raises:
-        TypeError, ValueError: as the base optimizer's constructor does; and where its ``step`` needs a closure.
-    """
-    if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
-        raise TypeError(
-            f"base_optimizer must be a class of torch.optim, such as torch.optim.SGD, not {base_optimizer!r}"
-        )
-    closure = inspect.signature(base_optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"base_optimizer {base_optimizer.__name__} evaluates the loss inside its step, which the two passes of "
-            "F-SAM rule out; choose one whose step() needs no closure"
-        )
-    probe = base_optimizer([torch.nn.Parameter(torch.zeros(1, 1, device="cpu"))], **base_kwargs)
-    return probe.defaults
+def set_state(optimizer: Optimizer, state: dict[Any, Any]) -> None:
+    """Gives a base optimizer the state that it works on."""
+    try:
+        optimizer.state = defaultdict(dict, state)
+    except AttributeError:  # it has no setter
+        optimizer.state.clear()
+        optimizer.state.update(state)
 
 
 def is_fused(base_optimizer: type[Optimizer], group: dict[str, Any]) -> bool:
@@ -279,16 +281,8 @@ def is_fused(base_optimizer: type[Optimizer], group: dict[str, Any]) -> bool:
     )
 
 
-def base_of(
-    base_optimizer: type[Optimizer], param_groups: list[dict[str, Any]], base_kwargs: dict[str, Any]
-) -> FusedBase | GenericBase:
-    """What updates the weights of these groups."""
-    if all(is_fused(base_optimizer, group) for group in param_groups):
-        return fused_base(base_optimizer)
-    groups = [{k: v for k, v in group.items() if k not in OWN_OPTIONS} for group in param_groups]
-    return GenericBase(base_optimizer(groups, **base_kwargs))
-
-
-def fused_base(base_optimizer: type[Optimizer]) -> FusedBase:
-    """The fused update of a base class for which :func:`is_fused` holds."""
-    return FusedSGD() if base_optimizer is SGD else FusedAdam(decoupled=base_optimizer is AdamW)
+def base_of(optimizer: Optimizer) -> FusedBase | GenericBase:
+    """What updates the weights as this base optimizer does."""
+    if not all(is_fused(type(optimizer), group) for group in optimizer.param_groups):
+        return GenericBase(optimizer)
+    return FusedSGD(optimizer) if type(optimizer) is SGD else FusedAdam(optimizer)

@@ -17,12 +17,13 @@ from torch.nn import Parameter
 
 from .. import backends
 from ..backends.capture import check_state_may_be_made
-from ..state import checkpoints, keys, shards
+from ..state import entries, keys, shards
 from ..state.flat_state import FlatState, Kind
-from ..state.tensors import check_disjoint, check_gradient, check_parameter, name_of
+from ..state.ownership import Watch
+from ..state.tensors import check_disjoint, check_gradient, check_kept, check_parameter, is_uninitialized, name_of
 from .base_update import FusedBase
 from .held import swaps
-from .segments import KnownTensors, Segment, same_objects
+from .segments import Segment, same_objects
 
 # NOTE [lists are checked, not trusted]
 # Frameworks edit ``group["params"]`` and set gradients to None as they like, so every pass compares the lists, object
@@ -45,8 +46,7 @@ class Known:
     flats: dict[Kind, FlatState] = field(default_factory=dict)
     # of each group: its segments, and the options that they depend on
     segments: dict[int, tuple[list[Segment], tuple[Any, ...]]] = field(default_factory=dict)
-    # ``state`` itself, its keys, and a copy of its entries
-    state: tuple[Any, KnownTensors, list[Any]] | None = None
+    state: Watch | None = None
     swaps: bool = False
 
 
@@ -75,13 +75,9 @@ class Layout:
 
     # ---- What is still so ------------------------------------------------------------------------------------------
 
-    def current(self, groups: list[dict[str, Any]], state: Any, check_state: bool) -> list[Participant] | None:
-        """Every parameter that has a gradient now, or None where the segments are not theirs: :meth:`renew`.
-
-        Args:
-            check_state: look at ``state`` too, between steps.
-        """
-        if self._known.swaps != swaps() or (check_state and not self._state_is_known(state)):
+    def current(self, groups: list[dict[str, Any]], state: Any) -> list[Participant] | None:
+        """Every parameter that has a gradient now, or None where the segments are not theirs: :meth:`renew`."""
+        if self._known.swaps != swaps() or not self._state_is_known(state):
             self._known = Known(self._known.flats)
         result = []
         for number, group in enumerate(groups):
@@ -115,7 +111,8 @@ class Layout:
     def kind_of(self, group: dict[str, Any], param: Tensor) -> Kind:
         """What a parameter has in common with those whose flat buffers it shares."""
         dtype, sharding = param.dtype, None if type(param) is Parameter else shards.sharding(param)
-        return Kind(dtype, param.device, keys.ema_dtype(group, dtype), keys.has_masters(group, dtype), sharding)
+        masters, in_order = keys.has_masters(group, dtype), keys.draws(group, dtype)
+        return Kind(dtype, param.device, keys.ema_dtype(group, dtype), masters, sharding, in_order)
 
     def _by_kind(self, group: dict[str, Any], params: Sequence[Tensor]) -> dict[Kind, list[Tensor]]:
         kinds: dict[Kind, list[Tensor]] = {}
@@ -123,21 +120,13 @@ class Layout:
             kinds.setdefault(self.kind_of(group, param), []).append(param)
         return kinds
 
-    def _entries(self, state: Any) -> list[Any]:
-        """What ``state`` holds of tensors that the flat buffers are behind."""
-        if self._fused is not None:
-            return list(state.values())
-        return [{name: entry.get(name) for name in keys.OWN_STATE} for entry in state.values()]
-
     def _state_is_known(self, state: Any) -> bool:
-        """Whether ``state`` holds the tensors that were put there: segments.py, NOTE [lists compare themselves]."""
-        if self._known.state is None:
-            return not state
-        known, params, entries = self._known.state
-        try:
-            return known is state and params.are(list(state)) and entries == self._entries(state)
-        except RuntimeError:
-            return False
+        """Whether ``state`` holds the tensors that were put there."""
+        return not state if self._known.state is None else self._known.state.holds(state)
+
+    def forget(self) -> None:
+        """``state`` is another one: nothing of what was known of it is so."""
+        self._known = Known()
 
     # ---- What is made anew -----------------------------------------------------------------------------------------
 
@@ -147,7 +136,8 @@ class Layout:
     def check(self, groups: list[dict[str, Any]], state: Any) -> None:
         """Raises for a parameter, its gradient or its state that could not be cut anew, before anything changes."""
         for number in self._stale(groups):
-            _check_members(groups[number]["params"], state, partial(name_of, groups))
+            describe = partial(name_of, groups)
+            _check_members(groups[number], state, self._fused, describe)
 
     def renew(self, groups: list[dict[str, Any]], state: Any) -> None:
         """Cuts the groups that have changed anew. All of it is made aside before anything changes.
@@ -159,27 +149,19 @@ class Layout:
             RuntimeError: a graph is being captured, whose replays would do this again.
         """
         stale = self._stale(groups)
-        everyone = [param for group in groups for param in group["params"]]
-        flats = {kind: flat for kind, flat in self.flats.items() if not flat.is_mostly_unused(everyone)}
         members = [self._members(n, group, n in stale) for n, group in enumerate(groups)]
         for kind in {kind for number in stale for kind in members[number]}:
             check_state_may_be_made(kind.device)
-        for kind in self._entangled(members, state):
-            flats.pop(kind, None)
-        for kind in {kind: None for kinds in members for kind in kinds}:
-            having = [(group, kinds[kind]) for group, kinds in zip(groups, members) if kind in kinds]
-            params = [param for _, params in having for param in params]
-            names = {name: None for group, _ in having for name in self._buffers(group, kind)}
-            flats[kind] = flats.get(kind, FlatState(kind)).extended(params, names)
+        flats = self._extended(groups, members, state)
         for number, kinds in enumerate(members):
             if any(self.flats.get(kind) is not flats[kind] for kind in kinds):
                 stale.add(number)
         segments = {n: pair for n, pair in self._known.segments.items() if n < len(groups) and n not in stale}
-        published: list[tuple[Tensor, dict[str, Any]]] = []
+        found: list[tuple[Tensor, dict[str, Any], dict[str, Any]]] = []
         for number in stale:
             group = groups[number]
             for kind, params in members[number].items():
-                published += self._take_over(group, flats[kind], params, state)
+                found += self._take_over(group, flats[kind], params, state)
             cut = [self._segment(group, flats[kind], params) for kind, params in members[number].items()]
             segments[number] = (cut, self._structure(group))
         by_device: dict[torch.device, list[Tensor]] = {}
@@ -188,10 +170,40 @@ class Layout:
                 by_device.setdefault(segment.flat.device, []).extend(segment.params)
         for params in by_device.values():
             check_disjoint(params, partial(name_of, groups))
-        for param, own in published:
-            checkpoints.adopt(state[param], own)
-        entries = [dict(entry) if isinstance(entry, dict) else entry for entry in self._entries(state)]
-        self._known = Known(flats, segments, (state, KnownTensors(list(state)), entries), swaps())
+        for param, entry, group in found:
+            entries.adopt(state[param], entry, group)
+        self._publish(flats, segments, state)
+
+    def _publish(self, flats: dict[Kind, FlatState], segments: dict[int, Any], state: Any) -> None:
+        """Leaves the buffers to ``state``, and replaces what is known."""
+        for flat in flats.values():
+            flat.release()
+        parts = [part for flat in flats.values() for part in flat.parts.values()]
+        # A base that is not fused may replace what is its own in every step.
+        own = tuple(name for name in keys.OWN_STATE if any(flat.find(name) is not None for flat in flats.values()))
+        self._known = Known(flats, segments, Watch(state, None if self._fused else own, parts), swaps())
+
+    def _extended(
+        self, groups: list[dict[str, Any]], members: list[dict[Kind, list[Tensor]]], state: Any
+    ) -> dict[Kind, FlatState]:
+        """The flat buffers with room for all members, those of ``state`` that still serve among them."""
+        everyone = [param for group in groups for param in group["params"]]
+        flats = {kind: flat for kind, flat in self.flats.items() if not flat.is_mostly_unused(everyone)}
+        for kind in self._entangled(members, state):
+            flats.pop(kind, None)
+        for kind in {kind: None for kinds in members for kind in kinds}:
+            having = [(group, kinds[kind]) for group, kinds in zip(groups, members) if kind in kinds]
+            params = [param for _, params in having for param in params]
+            if kind.in_order:  # NOTE [which bits an element draws]
+                params = [p for g in groups for p in g["params"] if p.requires_grad and self._is_of(kind, g, p)]
+                if kind in flats and not flats[kind].follows(params):
+                    del flats[kind]
+            names = {name: None for group, _ in having for name in self._buffers(group, kind)}
+            flats[kind] = flats.get(kind, FlatState(kind)).extended(params, names)
+        return flats
+
+    def _is_of(self, kind: Kind, group: dict[str, Any], param: Tensor) -> bool:
+        return not is_uninitialized(param) and self.kind_of(group, param) == kind
 
     def _members(self, number: int, group: dict[str, Any], stale: bool) -> dict[Kind, list[Tensor]]:
         """Those of a group that have a gradient, by kind."""
@@ -205,8 +217,8 @@ class Layout:
 
     def _state_names(self, group: dict[str, Any], kind: Kind) -> tuple[str, ...]:
         quantized = kind.ema_dtype == torch.int8
-        ema = () if not keys.uses_ema(group) else ("ema", "ema_scale") if quantized else ("ema",)
-        return ema + (("master",) if kind.masters else ()) + (self._fused.state_names(group) if self._fused else ())
+        ema = () if not keys.uses_ema(group) else (keys.EMA, keys.EMA_SCALE) if quantized else (keys.EMA,)
+        return ema + ((keys.MASTER,) if kind.masters else ()) + (self._fused.state_names(group) if self._fused else ())
 
     def _entangled(self, members: list[dict[Kind, list[Tensor]]], state: Any) -> set[Kind]:
         """The kinds of which some ``state`` lies where another parameter's is to be: they move to new buffers."""
@@ -218,32 +230,35 @@ class Layout:
                     isinstance(value, Tensor) and flat.shares(name, param, shards.local(value))
                     for param in params
                     for name, value in state.get(param, {}).items()
+                    if name in flat.names
                 ):
                     found.add(kind)
         return found
 
     def _take_over(
         self, group: dict[str, Any], flat: FlatState, params: list[Tensor], state: Any
-    ) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Fills slices with what ``state`` holds, or starts from; returns the entries to be published."""
+    ) -> list[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
+        """Fills slices with what ``state`` holds, or starts from; returns what is to be put there."""
         before = self.flats.get(flat.kind)
-        zero = group["ema"] == "updated"
-        starts = {"ema": 0.0, "ema_scale": 0.0} if zero else {}
-        published = []
+        start = 0.0 if group["ema"] == "updated" else None
+        found = []
         for param in params:
-            entry = state.get(param, {})
-            values = {**entry, **checkpoints.converted(entry, param, group)}
+            there = state.get(param, {})
+            values, entry = {**there, **entries.converted(there, param, group)}, {}
             for name in self._state_names(group, flat.kind):
-                value = values.get(name)
-                if value is None:
-                    value = param.detach() if name == "master" else starts.get(name)
-                if value is None and before is not None and before.has(name, param, flat):
-                    value = flat.fill_of(name)  # its owner has removed it: the slice holds what it had
-                if value is not None:
-                    flat.fill(name, param, value)
-            names = self._state_names(group, flat.kind)
-            published.append((param, {name: flat.entry(name, param) for name in names}))
-        return published
+                value = entry[name] = values.get(name)
+                if flat.holds(name, param, value):
+                    continue
+                if name == keys.MASTER:
+                    value = _master(param, value, before)
+                elif value is None and name in (keys.EMA, keys.EMA_SCALE):
+                    value = start
+                flat.fill(name, param, value)
+                entry[name] = flat.entry(name, param)
+            if keys.EMA_SCALE in entry:
+                entry[keys.EMA_SCALE].fsam_shape = param.shape  # of the average that these scales belong to
+            found.append((param, entry, group))
+        return found
 
     def _segment(self, group: dict[str, Any], flat: FlatState, params: list[Tensor]) -> Segment:
         segment = Segment(backends.resolve(self._backend, flat.device), flat, params)
@@ -274,12 +289,25 @@ def _all_or_none(grads: list[Sequence[Tensor] | None]) -> list[Sequence[Tensor]]
     return None if any(one is None for one in grads) else grads
 
 
-def _check_members(params: Sequence[Tensor], state: Any, describe: shards.Describe) -> None:
-    for param in params:
+def _master(param: Tensor, value: Tensor | None, before: FlatState | None) -> Tensor:
+    """The master of a parameter, which one that was put into ``state`` since the last step overrules."""
+    if value is None:
+        return param.detach()
+    if before is not None and param in before.offset and not before.holds(keys.MASTER, param, value):
+        shards.local(param).copy_(shards.local(value))  # before the master is in place: an interrupt has it done again
+    return value
+
+
+def _check_members(group: dict[str, Any], state: Any, fused: FusedBase | None, describe: shards.Describe) -> None:
+    check_kept(group, fused is not None, describe)
+    names = keys.OWN_STATE + (fused.state_names(group) if fused is not None else ())
+    for param in group["params"]:
         shards.check_not_replaced(param, describe)
         if param.grad is None:
             continue
         check_parameter(param, describe)
         check_gradient(param, describe)
-        if param in state:
-            checkpoints.check_shapes(state[param], param, describe)
+        try:
+            entries.check_entry(state.get(param, {}), param, names, describe)
+        except entries.Refused as refusal:
+            raise RuntimeError(f"{refusal}; `del optimizer.state[parameter]` to let its state start anew") from None

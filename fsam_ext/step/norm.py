@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import ops
-from ..state.keys import uses_ema
+from ..state.keys import EMA, EMA_SCALE, uses_ema
 from . import distributed
 from .layout import Participant
 from .segments import Segment
@@ -17,8 +17,10 @@ from .segments import Segment
 
 def average(group: dict[str, Any], segment: Segment) -> tuple[Tensor | None, Tensor | None]:
     """The flat average of a segment, and its scales where it is quantized."""
-    buffers = segment.flat.buffers
-    return (buffers["ema"], buffers.get("ema_scale")) if uses_ema(group) else (None, None)
+    flat = segment.flat
+    if not uses_ema(group):
+        return None, None
+    return flat.buffer(EMA), flat.buffer(EMA_SCALE) if flat.quantized else None
 
 
 class Norm:

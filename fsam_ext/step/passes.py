@@ -18,6 +18,7 @@ from ..state.tensors import check_gradient, name_of
 from .accumulation import BackwardCount
 from .amp import Scaler
 from .base_update import FusedBase, GenericBase, number_or_tensor
+from .casts import forget_casts
 from .diagnostics import EffectWatch, effective_norm_and_cosine, total_effect, warn_user
 from .layout import Layout, Participant
 from .norm import Norm, average
@@ -67,6 +68,8 @@ class Passes:
         for one in participants:
             one.segment.adopt_changes()
         self.norm.measure(participants, meshes, scales, partial(self._call, groups))
+        if scaler is not None:
+            scaler.count_overflow(self.norm.totals)
         segments = [one.segment for one in participants]
         try:
             self.transaction.ascend(segments, lambda number: self._perturb(*participants[number], scales))
@@ -74,6 +77,7 @@ class Passes:
         except BaseException:
             self.give_up(groups)
             raise
+        forget_casts()
 
     def _note_ascent(self, groups: list[dict[str, Any]], segments: list[Segment], scaler: Scaler | None) -> None:
         """What the second pass, and whoever asks, has to know of an ascent."""
@@ -102,7 +106,7 @@ class Passes:
             grads,
             segment.offsets,
             *average(group, segment),
-            flat.buffers[flat.saved],
+            flat.saved(),
             self.norm.totals[flat.device],
             scales.get(flat.device),
             *number_or_tensor(group["rho"], flat.device),
@@ -167,7 +171,7 @@ class Passes:
         updates: list[Segment | None] = []
         for group, segment, grads in participants:
             flat = segment.flat
-            saved = flat.buffers[flat.saved] if in_one_pass or flat.masters else None
+            saved = flat.saved() if in_one_pass or flat.masters else None
             step = group[keys.STEP]
             rounding = self._rounding.on(flat.device, step) if group["stochastic_rounding"] else None
             made = self.base.ops(segment, grads, saved, guards[flat.device], group, rounding, self.transaction.journal)
@@ -207,13 +211,14 @@ class Passes:
     def _conclude(self, groups: list[dict[str, Any]], state: Any, segments: list[Segment], number: int) -> None:
         """The step is over: what follows from that, and may be done twice."""
         if isinstance(self.base, GenericBase):
-            self.base.merge(state)
+            self.base.merge(state, groups)
         for segment in segments:
             segment.written()
         if self.scaler is not None and self.norm.totals and self.ascent_sync:
             self.scaler.report_overflow(next(iter(self.norm.totals.values()))[0])
         self._warn_later(self.backward_count.finished())
         self._rounding.advance()
+        forget_casts()
         for group in groups:
             group[keys.STEP] = number
         self.scaler = None
@@ -243,8 +248,7 @@ class Passes:
     # ---- What both share -------------------------------------------------------------------------------------------
 
     def _participants(self, groups: list[dict[str, Any]], state: Any) -> list[Participant]:
-        check_state = self.transaction.stage is Stage.CLEAN
-        while (found := self.layout.current(groups, state, check_state)) is None:
+        while (found := self.layout.current(groups, state)) is None:
             self.layout.check(groups, state)
             self.restore_weights(groups)  # while it is known how what was perturbed lay
             self.layout.renew(groups, state)
@@ -265,7 +269,9 @@ class Passes:
         Raises:
             RuntimeError: a parameter was resized while it was perturbed; all others are restored.
         """
-        _refuse_resized(self.transaction.restore_weights(), groups)
+        resized = self.transaction.restore_weights()
+        forget_casts()
+        _refuse_resized(resized, groups)
 
     def give_up(self, groups: list[dict[str, Any]]) -> None:
         """Ends a step that is given up: NOTE [an interrupt at any moment] in transaction.py.
@@ -279,6 +285,7 @@ class Passes:
         if self.scaler is not None:
             self.scaler.forget_unscaling()
             self.scaler = None
+        forget_casts()
         _refuse_resized(resized, groups)
 
     def make_state(self, groups: list[dict[str, Any]], state: Any) -> None:
@@ -287,7 +294,7 @@ class Passes:
         if isinstance(self.base, GenericBase):
             self.base.prepare(state, groups)
             self.base.step()
-            self.base.merge(state)
+            self.base.merge(state, groups)
 
     # ---- What it measured ------------------------------------------------------------------------------------------
 

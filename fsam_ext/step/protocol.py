@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Protocol
 
 from .amp import Scaler
@@ -16,6 +17,22 @@ class Ascents(Protocol):
 
     def describe(self, step: int) -> str:
         """The schedule and the step, for messages."""
+
+
+def refuse_sharding_wrapper() -> None:
+    """Raises TypeError where torch's ZeroRedundancyOptimizer makes this optimizer, of its rank's share of parameters.
+
+    Each rank would take the norm over its own share: another algorithm. It says so nowhere but in the call itself.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe(2)
+    while module is not None and frame is not None:
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            raise TypeError(
+                "ZeroRedundancyOptimizer gives each rank a share of the parameters, so no rank knows the norm over "
+                "all of them; use torch.distributed.fsdp.fully_shard, which shards the state as well"
+            )
+        frame = frame.f_back
 
 
 def check_first_step(stage: Stage, schedule: Ascents, step: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..backends import ops
 from ..state.flat_state import FlatState, aligned_numel
 from ..state.flatten import REGISTRY
+from ..state.keys import MASTER
 from ..state.shards import PLAIN, local, local_grads
 from .distributed import GatheredCopies
 from .held import Held, current_grads, look_at
@@ -27,16 +28,15 @@ def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 # NOTE [lists compare themselves]
 # A list takes an object for equal to itself without asking it, twenty times faster than a loop does. Tensors that
-# differ are asked, and answer with a tensor for each element: one of several elements is neither true nor false, which
-# raises. Those of one element answer for their value and have to be compared as objects.
+# differ are asked: one of several elements is then neither equal nor not, which raises, and one of a single element
+# answers for its value and has to be compared as an object.
 
 
 class KnownTensors:
-    """A list of tensors, to be compared with the present ones: NOTE [lists compare themselves]."""
+    """A list of parameters, to be compared with the present ones: NOTE [lists compare themselves]."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
-        # State may have other keys, too: a name, for what parameters share.
         self._plain = all(type(tensor) in PLAIN for tensor in tensors)
         self._single = [i for i, tensor in enumerate(tensors) if tensor.numel() <= 1] if self._plain else []
 
@@ -111,7 +111,7 @@ class Segment:
         self.partials = torch.empty(self._chunks * ops.STATISTICS, dtype=flat.state_dtype, device=flat.device)
         self.effect: Tensor | None = None
         self._versions: list[int] | None = None
-        if "step" in flat.buffers:
+        if "step" in flat.names:
             others = sorted(set(range(len(params))).difference(firsts))
             self.step_index = torch.tensor([index[i] for i in [*firsts, *others]], dtype=torch.int64).to(flat.device)
             self.corrections = torch.empty(len(firsts), 2, dtype=flat.state_dtype, device=flat.device)
@@ -155,13 +155,13 @@ class Segment:
         """Whether parameters are laid out as they were when this was made, so that the rows describe them."""
         return self._look.have_their_forms(self._flat_grads is not None)
 
-    def restore_one_by_one(self) -> list[Tensor]:
+    def restore_one_by_one(self, saved: Tensor) -> list[Tensor]:
         """Restores parameters that were cast, reshaped or moved meanwhile; returns those that were resized."""
         resized = []
         for param in self.params:
-            part, saved = local(param), self.flat.saved_part(param)
-            if part.numel() == saved.numel():
-                part.copy_(saved.reshape(part.shape))
+            part, before = local(param), self.flat.saved_part(param, saved)
+            if part.numel() == before.numel():
+                part.copy_(before.reshape(part.shape))
             else:
                 resized.append(param)
         return resized
@@ -183,7 +183,7 @@ class Segment:
         """Takes into the masters what others wrote into the weights: a model's load_state_dict, say."""
         if self.flat.masters and self._versions != list(map(_VERSION, self.params)):
             for param in self.params:
-                master, param = self.flat.part("master", param), local(param)
+                master, param = self.flat.part(MASTER, param), local(param)
                 master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
 
 
@@ -194,7 +194,7 @@ def _are_flattened(params: Sequence[Tensor]) -> bool:
 
 def _steps_agree(flat: FlatState, index: list[int]) -> bool:
     """Whether one step count can stand for all: asked when a segment is made, not in a step."""
-    steps = flat.buffers.get("step")
+    steps = flat.find("step")
     if steps is None:
         return True
     steps = steps[torch.tensor(index, device=steps.device)]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -62,9 +62,14 @@ class Journal:
 
 @dataclass(frozen=True)
 class Ascent:
-    """What pass B perturbs: one op for each segment, in this order, from the journal's count ``start`` on."""
+    """What pass B perturbs: one op for each segment, in this order, from the journal's count ``start`` on.
+
+    Attributes:
+        saved: the buffer that each is restored from. ``state`` may be moved away meanwhile, and a backup with it.
+    """
 
     segments: Sequence[Segment]
+    saved: Sequence[torch.Tensor]
     start: int
     restored: bool = False
 
@@ -112,20 +117,18 @@ class Transaction:
             return Stage.CLEAN
         return Stage.ASCENDED if now.ascent.restored else Stage.PERTURBED
 
-    def _perturbed(self) -> Sequence[Segment]:
-        """The segments whose weights are perturbed now, those that an update has begun on excepted."""
+    def _perturbed(self) -> list[tuple[Segment, torch.Tensor]]:
+        """The segments that are perturbed now, those that an update has begun on excepted, and the saved weights."""
         now = self._open
         if now is None or now.ascent is None or now.ascent.restored:
-            return ()
+            return []
         perturbed = now.ascent.segments[: self.journal.count() - now.ascent.start]
-        if now.update is None:
-            return perturbed
-        updated = set(map(id, now.update.updates[: now.update.done()]))
-        return [segment for segment in perturbed if id(segment) not in updated]
+        updated = set() if now.update is None else set(map(id, now.update.updates[: now.update.done()]))
+        return [pair for pair in zip(perturbed, now.ascent.saved) if id(pair[0]) not in updated]
 
     def ascend(self, segments: Sequence[Segment], perturb: Callable[[int], None]) -> None:
         """Perturbs ``segments``, by calling ``perturb`` with the number of each."""
-        self._open = Open(Ascent(segments, self.journal.count()))
+        self._open = Open(Ascent(segments, [segment.flat.saved() for segment in segments], self.journal.count()))
         for number in range(len(segments)):
             perturb(number)
 
@@ -152,15 +155,15 @@ class Transaction:
     def restore_weights(self) -> list[torch.Tensor]:
         """Brings the weights back, bit for bit; returns the parameters that were resized meanwhile and cannot be."""
         resized = []
-        for segment in self._perturbed():
+        for segment, saved in self._perturbed():
             if segment.have_their_forms():
-                ops.restore(segment.backend, segment.rows, segment.offsets, segment.flat.buffers[segment.flat.saved])
+                ops.restore(segment.backend, segment.rows, segment.offsets, saved)
             else:
-                resized += segment.restore_one_by_one()
+                resized += segment.restore_one_by_one(saved)
             segment.written()
         now = self._open
         if now is not None and now.ascent is not None:
-            self._open = Open(Ascent(now.ascent.segments, now.ascent.start, restored=True), now.update)
+            self._open = Open(replace(now.ascent, restored=True), now.update)
         return resized
 
     def update(self, plan: Update) -> None:

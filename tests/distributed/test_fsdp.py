@@ -135,7 +135,7 @@ def bytes_of_state(base):
         param.grad = torch.ones_like(param)
     optimizer.first_step()
     optimizer.second_step()
-    buffers = [buffer for flat in optimizer._passes.layout.flats.values() for buffer in flat.buffers.values()]
+    buffers = [buffer for flat in optimizer._passes.layout.flats.values() for buffer in map(flat.buffer, flat.names)]
     return sum(buffer.nbytes for buffer in buffers), bench.predicted_bytes(37, 4, bench.BASES[base])
 
 

@@ -1,0 +1,143 @@
+"""The state of one parameter: what of it is checked, in which form each part is kept, how it is put in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import keys
+from .keys import EMA, EMA_SCALE, MASTER
+from .quantization import count_blocks, dequantize, quantize
+from .shards import Describe, local
+
+
+class Refused(ValueError):
+    """State that cannot be taken over."""
+
+
+def check_entry(entry: Any, param: Tensor, names: tuple[str, ...], describe: Describe) -> None:
+    """Raises :class:`Refused` for state that could not be taken over.
+
+    Args:
+        names: the state that F-SAM's passes read, whose tensors have the parameter's shape, but for ``step``.
+    """
+
+    def refuse(name: str, what: str) -> None:
+        raise Refused(f"state '{name}' of {describe(param)} {what}")
+
+    for name in names:
+        value = entry.get(name)
+        if value is None or name == EMA_SCALE:
+            continue
+        if name == "step":
+            if not _is_count(value):
+                refuse(name, f"is {_what(value)}, not a number of steps")
+        elif not isinstance(value, Tensor):
+            refuse(name, f"is {type(value).__name__}")
+        elif value.shape != param.shape:
+            refuse(name, f"has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}")
+        elif value.layout != torch.strided or not (
+            value.is_floating_point() or name == EMA and value.dtype == torch.int8
+        ):
+            refuse(name, f"is {_what(value)}, which is no dense tensor of numbers")
+    ema = entry.get(EMA)
+    if isinstance(ema, Tensor) and ema.dtype == torch.int8:
+        _check_scales(ema, entry.get(EMA_SCALE), refuse)
+
+
+def _check_scales(ema: Tensor, scale: Any, refuse: Callable[[str, str], None]) -> None:
+    """Has an int8 average refused whose scales are not its own."""
+    if not isinstance(scale, Tensor) or scale.dtype != torch.float32 or scale.layout != torch.strided:
+        refuse(EMA_SCALE, "is missing" if scale is None else f"is {_what(scale)}, not a float32 tensor")
+    elif tuple(scale.shape) != (count_blocks(ema.numel()),) or getattr(scale, "fsam_shape", ema.shape) != ema.shape:
+        refuse(
+            EMA_SCALE,
+            f"has the scales of an average of another shape than {tuple(ema.shape)}, each of which is of 128 of its "
+            "elements in memory; put the average there in float32, to be quantised anew, or delete both",
+        )
+    elif not scale.is_meta and (bool((scale < 0).any()) or bool(scale.isinf().any())):
+        refuse(EMA_SCALE, "has a scale that is negative or infinite")
+
+
+def _is_count(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and value.layout == torch.strided
+    return isinstance(value, (int, float))
+
+
+def _what(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"a {value.dtype} tensor of shape {tuple(value.shape)} and layout {value.layout}"
+
+
+def check_complete(entry: dict[str, Any], param: Tensor, together: tuple[str, ...], describe: Describe) -> None:
+    """Raises :class:`Refused` where a part of the base optimizer's state is missing, and not all of it."""
+    missing = [name for name in together if entry.get(name) is None]
+    if missing and len(missing) < len(together):  # without all of it, that starts anew
+        raise Refused(
+            f"state '{missing[0]}' of {describe(param)} is missing in the checkpoint, which has "
+            f"{', '.join(map(repr, entry))}"
+        )
+
+
+def converted(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """F-SAM's own part of one parameter's state, in the form that its group keeps it in; ``entry`` stays as it is.
+
+    An average is kept while sigma is 0: it goes on where it stopped when sigma is not 0 any more.
+    """
+    own = {name: entry[name] for name in keys.OWN_STATE if entry.get(name) is not None}
+    if not keys.has_masters(group, param.dtype):
+        own.pop(MASTER, None)
+    ema, scale = own.get(EMA), own.pop(EMA_SCALE, None)
+    if ema is None:
+        return own
+    wanted = keys.ema_dtype(group, param.dtype)
+    if ema.dtype == torch.int8 and (wanted != torch.int8 or ema.stride() != param.stride()):
+        ema = dequantize(ema, scale)
+    if wanted == torch.int8 and ema.dtype != torch.int8:
+        ema, scale = quantize(torch.empty_like(param, dtype=torch.float32).copy_(ema))
+    own[EMA] = ema.to(wanted)
+    if ema.dtype == torch.int8:
+        own[EMA_SCALE] = scale
+    return own
+
+
+def adopt(entry: dict[str, Any], new: dict[str, Any], group: dict[str, Any]) -> None:
+    """Puts state into one parameter's entry, in one go; what its group keeps in another form goes."""
+    entry.update(new)
+    if MASTER not in new:
+        entry.pop(MASTER, None)
+    if EMA_SCALE not in new and keys.uses_ema(group):
+        entry.pop(EMA_SCALE, None)
+
+
+def moved(value: Any, param: Any, device: torch.device | str | None) -> Any:
+    """A part of a parameter's state on another device; None: on the parameter's, where it has its shape."""
+    if not isinstance(value, Tensor):
+        return value
+    if device is None:
+        device = param.device if isinstance(param, Tensor) and value.shape == param.shape else value.device
+    return value.to(device)
+
+
+def asks_for_state(state: dict[Tensor, dict[str, Any]], param_groups: list[dict[str, Any]]) -> bool:
+    """Whether a step() without an ascent wants nothing but state.
+
+    NOTE [how torch.distributed.checkpoint asks for state]
+    To have something to load into, it fills every gradient of an optimizer without any state with zeros, sets every lr
+    to 0 (a tensor on the CPU where it was a tensor), and calls step(). All of that together cannot be a training step
+    that lacks its ascent: it would change no weight. So only this is let through, and made to change nothing at all:
+    the average is still one that has seen no gradient.
+    """
+    if state:
+        return False
+    for group in param_groups:
+        lr = group.get("lr", 0.0)
+        if isinstance(lr, Tensor) and lr.device.type != "cpu" or float(lr) != 0.0:
+            return False
+    grads = [param.grad for group in param_groups for param in group["params"] if param.requires_grad]
+    return all(grad is not None and not local(grad).any() for grad in grads)

@@ -1,0 +1,101 @@
+"""Tensors in ``state`` own their memory, though it is part of a flat buffer; and what tells that one was replaced.
+
+NOTE [state owns its memory]
+Tools take state for plain tensors: they move it to the CPU for a while, save one parameter's alone, put other tensors
+in its place. So nothing here keeps a flat buffer alive but the tensors in ``state`` that lie in it. Each has a storage
+of its own over its part of the buffer (DLPack makes it, and holds the buffer until the storage goes): a file has its
+own bytes, and when the last of them is let go, or given other memory (``tensor.data = ...``), the buffer is freed. A
+FlatState knows its buffers by weak references.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.weak import TensorWeakRef
+
+from .. import _library
+
+
+def owning_part(
+    flat: Tensor, begin: int, numel: int, shape: Sequence[int], stride: Sequence[int]
+) -> tuple[Tensor, TensorWeakRef | None]:
+    """(a tensor of its own over elements of a flat buffer, what dies with its storage).
+
+    The buffer lives as long as that storage does. A fake tensor has no storage to own: its part is a view.
+    """
+    if isinstance(flat, FakeTensor):
+        return flat.as_strided(shape, stride, begin), None
+    with torch.inference_mode(False):  # a view made there does not keep what it is a view of
+        part = flat[begin : begin + numel]
+        storage = from_dlpack(to_dlpack(part)).untyped_storage()
+        return torch.empty(0, dtype=flat.dtype, device=flat.device).set_(storage, 0, shape, stride), TensorWeakRef(part)
+
+
+class Watch:
+    """Tells whether ``state`` still holds the tensors that were put there: NOTE [identity, never equality].
+
+    Args:
+        state: the optimizer's.
+        names: those of an entry that count, or None for all.
+        parts: what dies with the storages of those tensors.
+    """
+
+    # NOTE [identity, never equality]
+    # A tensor that a user put into ``state`` counts, whatever its size and value: the one that it replaces lies in a
+    # flat buffer, which a kernel would go on with. Identities are compared as addresses of objects. They are no proof
+    # once an object has died and another one got its address, so what dies here says so.
+
+    def __init__(self, state: Any, names: tuple[str, ...] | None, parts: Iterable[TensorWeakRef]) -> None:
+        self._names = names
+        self._lost: list[Any] = []
+        self._params = list(state)
+        entries = [entry for entry in state.values() if isinstance(entry, dict)]
+        self._keys = [name for entry in entries for name in entry]
+        values = [entry.get(name) for entry in entries for name in (entry if names is None else names)]
+        things = [*values, *(part() for part in parts)]
+        self._references = [weakref.ref(thing, self._lost.append) for thing in things if isinstance(thing, Tensor)]
+        self._known = array("Q", self._identities(state))
+        self._address, self._count = self._known.buffer_info()
+
+    def holds(self, state: Any) -> bool:
+        """Whether ``state`` is what it was."""
+        if self._lost:
+            return False
+        if self._names is None and _SAME_STATE is not None:
+            return bool(_SAME_STATE(state, self._address, self._count))
+        return self._known == array("Q", self._identities(state))
+
+    def _identities(self, state: Any) -> Iterator[int]:
+        """The addresses of each key and of the names and values of its entry: csrc/same_state.cpp."""
+        for key, entry in state.items():
+            yield id(key)
+            if not isinstance(entry, dict):
+                continue
+            if self._names is not None:
+                yield from map(id, map(entry.get, self._names))
+                continue
+            for item in entry.items():
+                yield from map(id, item)
+
+
+def _same_state() -> Any:
+    """The same comparison in C, where it was built: a tenth of the time."""
+    if _library.CPU_REASON is not None:
+        return None
+    function = getattr(ctypes.PyDLL(str(_library.LIBRARY_DIR / "_C.abi3.so")), "fsam_same_state", None)
+    if function is not None:
+        function.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int64)
+        function.restype = ctypes.c_int
+    return function
+
+
+_SAME_STATE = _same_state()
