@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from .backends.ops import FORWARD
 from .state.checkpoints import CURRENT_FORMAT
-from .state.keys import FORMAT, LAYOUT, NAMES, OWN_OPTIONS, STEP
+from .state.keys import FORMAT, LAYOUT, NAMES, OWN_OPTIONS, PREFIX, STEP, our_group
 from .state.tensors import check_kept, check_parameter, name_of
-from .step.base_options import PREFIX, our_group, takes
+from .step.base_options import takes
 from .step.base_update import FusedBase, GenericBase, is_fused
 
 PERTURB_EPS = 1e-12

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .keys import EMA, FORMAT, FORMER_NAMES, LAYOUT, NAMES, OWN_OPTIONS, OWN_STATE, STEP
+from .keys import EMA, FORMAT, FORMER_NAMES, LAYOUT, NAMES, OWN_STATE, STEP, our_group, their_group
 
 # 0: before groups had this number; dtypes among the options. 1: the number, and dtypes of ours as words. 2: state of
 # ours has names that no base has.
@@ -29,7 +29,7 @@ def is_optimizer_state(thing: Any) -> bool:
 
 
 def check_form(state_dict: Any) -> None:
-    """Raises ValueError for what is no state_dict of an optimizer, or one that a later release wrote."""
+    """Raises ValueError for what is no state_dict of an optimizer, is damaged, or was written by a later release."""
     if not is_optimizer_state(state_dict):
         kind = f"a dict with {', '.join(map(repr, state_dict))}" if isinstance(state_dict, dict) else type(state_dict)
         raise ValueError(f"an optimizer's state_dict has 'state' and 'param_groups'; this is {kind}")
@@ -44,6 +44,11 @@ def check_form(state_dict: Any) -> None:
                 f"the checkpoint has format {number}, and this release of fsam_ext reads formats up to "
                 f"{CURRENT_FORMAT}; install the release that wrote it"
             )
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    if not all(isinstance(key, (int, str)) for key in keys) or len({*keys}) != len(keys):
+        raise ValueError(
+            "the checkpoint's groups do not number their parameters: 'params' has to hold distinct numbers"
+        )
 
 
 def origin(state_dict: dict[str, Any]) -> str:
@@ -76,6 +81,12 @@ def in_our_names(state_dict: dict[str, Any]) -> dict[Any, dict[str, Any]]:
     }
 
 
+def groups_in_our_names(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups, in which an option of a plain optimizer that has a name of ours (Adadelta's rho) is the base's."""
+    groups = state_dict["param_groups"]
+    return [our_group(group) for group in groups] if origin(state_dict) == "torch" else groups
+
+
 def _is_unset(name: str, value: Any) -> bool:
     """Whether this is momentum that has seen no gradient: csrc/formulas.h, NOTE [an unset state is NaN]."""
     return name == "momentum_buffer" and isinstance(value, Tensor) and value.numel() > 0 and bool(value.isnan().all())
@@ -100,10 +111,7 @@ def to_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {
         **state_dict,
         "state": {key: entry for key, entry in state.items() if not isinstance(entry, dict) or entry},
-        "param_groups": [
-            {name: value for name, value in group.items() if name not in OWN_OPTIONS}
-            for group in state_dict["param_groups"]
-        ],
+        "param_groups": [their_group(group) for group in groups_in_our_names(state_dict)],
     }
 
 
@@ -126,17 +134,12 @@ def translate(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) ->
                 f"group {number} of the checkpoint has {len(saved['params'])} parameters, and the optimizer's "
                 f"{len(mine['params'])}: a parameter group that doesn't match the size of optimizer's group"
             )
-    keys = [key for saved in saved_groups for key in saved["params"]]
-    if not all(isinstance(key, (int, str)) for key in keys) or len({*keys}) != len(keys):
-        raise ValueError(
-            "the checkpoint's groups do not number their parameters: 'params' has to hold distinct numbers"
-        )
     groups = [
         {
             **{name: value for name, value in mine.items() if name not in ("params", "param_names")},
             **{name: value for name, value in saved.items() if name not in (*LAYOUT, FORMAT)},
         }
-        for mine, saved in zip(param_groups, saved_groups)
+        for mine, saved in zip(param_groups, groups_in_our_names(state_dict))
     ]
     return {**state_dict, "state": in_our_names(state_dict), "param_groups": groups}
 

@@ -17,6 +17,8 @@ STEP = "fsam_step"
 # The form of the checkpoint, of which a group is the only part that torch.distributed.checkpoint keeps whole.
 FORMAT = "fsam_format"
 OWN_OPTIONS = (*NAMES, STEP, FORMAT)
+# What precedes an option of the base that has a name of ours: step/base_options.py, NOTE [options of one name].
+PREFIX = "base_"
 
 # State that F-SAM adds to a base optimizer's.
 EMA, EMA_SCALE, MASTER = "fsam_ema", "fsam_ema_scale", "fsam_master"
@@ -27,6 +29,23 @@ SHAPED = (EMA, MASTER, "momentum_buffer", "exp_avg", "exp_avg_sq")
 FORMER_NAMES = {"ema": EMA, "ema_scale": EMA_SCALE, "master": MASTER}
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def with_prefix(names: Any) -> dict[str, str]:
+    """The base's options that go by another name in our groups: theirs -> ours."""
+    return {name: PREFIX + name for name in OWN_OPTIONS if PREFIX + name in names}
+
+
+def their_group(group: dict[str, Any]) -> dict[str, Any]:
+    """One group without our options, each option of the base by its own name."""
+    renamed = with_prefix(group)
+    kept = {name: value for name, value in group.items() if name not in OWN_OPTIONS and name not in renamed.values()}
+    return kept | {name: group[ours] for name, ours in renamed.items()}
+
+
+def our_group(group: dict[str, Any]) -> dict[str, Any]:
+    """A group of the base, each option by its name in ours."""
+    return {PREFIX + name if name in OWN_OPTIONS else name: value for name, value in group.items()}
 
 
 def uses_ema(group: dict[str, Any]) -> bool:

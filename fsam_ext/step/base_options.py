@@ -8,18 +8,12 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..state.keys import OWN_OPTIONS
+from ..state.keys import OWN_OPTIONS, our_group, their_group, with_prefix
 
 # NOTE [options of one name]
 # A group has the options of both. Where the base has one of a name of ours (Adadelta's rho), the name is ours, and the
 # base's goes by PREFIX and the name: FriendlySAM(params, Adadelta, rho=0.05, base_rho=0.9). The base gets groups of its
 # own then, in which each name is what it expects; otherwise it gets ours, and may write into them.
-PREFIX = "base_"
-
-
-def with_prefix(names: Any) -> dict[str, str]:
-    """The base's options that go by another name in our groups: theirs -> ours."""
-    return {name: PREFIX + name for name in OWN_OPTIONS if PREFIX + name in names}
 
 
 def theirs(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -27,18 +21,6 @@ def theirs(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not any(with_prefix(group) for group in groups):
         return groups
     return [their_group(group) for group in groups]
-
-
-def their_group(group: dict[str, Any]) -> dict[str, Any]:
-    """One group without our options, each option of the base by its own name."""
-    renamed = with_prefix(group)
-    kept = {name: value for name, value in group.items() if name not in OWN_OPTIONS and name not in renamed.values()}
-    return kept | {name: group[ours] for name, ours in renamed.items()}
-
-
-def our_group(group: dict[str, Any]) -> dict[str, Any]:
-    """A group of the base, each option by its name in ours."""
-    return {PREFIX + name if name in OWN_OPTIONS else name: value for name, value in group.items()}
 
 
 def take_back(base_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:

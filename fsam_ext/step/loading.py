@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..state import checkpoints, entries
-from ..state.keys import OWN_STATE, SHAPED
+from ..state.keys import OWN_STATE, SHAPED, our_group, with_prefix
 from ..state.shards import Describe, placed_like
-from .base_options import our_group, theirs, with_prefix
+from .base_options import theirs
 from .base_update import FusedBase, GenericBase, set_state
 
 # NOTE [a base's own methods]
