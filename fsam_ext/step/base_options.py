@@ -65,6 +65,7 @@ def made(base_optimizer: type[Optimizer], groups: list[dict[str, Any]], options:
         raise TypeError(
             f"base_optimizer must be a class of torch.optim, such as torch.optim.SGD, not {base_optimizer!r}"
         )
+    _check_not_wrapper(base_optimizer)
     closure = inspect.signature(base_optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
@@ -80,6 +81,21 @@ def made(base_optimizer: type[Optimizer], groups: list[dict[str, Any]], options:
             f"base_optimizer {base_optimizer.__name__} cannot be made from param groups: {type(error).__name__}: "
             f"{error}; choose an optimizer whose constructor takes parameters"
         ) from error
+
+
+def _check_not_wrapper(base_optimizer: type[Optimizer]) -> None:
+    """Raises TypeError for a class whose groups and state are those of an optimizer within it."""
+    signature = inspect.signature(base_optimizer.__init__)
+    needed = {name for name, parameter in signature.parameters.items() if parameter.default is inspect.Parameter.empty}
+    if isinstance(getattr(base_optimizer, "param_groups", None), property) or needed & {"optimizer", "base_optimizer"}:
+        raise TypeError(
+            f"base_optimizer {base_optimizer.__name__} is a wrapper around another optimizer, which has the groups and "
+            "the state; give the optimizer that it would wrap"
+        )
+    if "model" in needed:
+        raise TypeError(
+            f"base_optimizer {base_optimizer.__name__} is made from a model; choose one that is made from parameters"
+        )
 
 
 def takes(base_optimizer: type[Optimizer], option: str) -> bool:

@@ -231,12 +231,21 @@ class GenericBase:
                 state get their old values back. Costs a copy of them.
 
         Raises:
-            RuntimeError: ``applied`` is given and the base has no state yet, for which there are no old values.
+            RuntimeError: ``applied`` is given and the base has no state yet, for which there are no old values; or the
+                base differentiates the gradients.
         """
         tensors = [] if applied is None else self._tensors()
         before = [tensor.clone() for tensor in tensors]
         step = type(self.optimizer).step
-        getattr(step, "__wrapped__", step)(self.optimizer)
+        try:
+            getattr(step, "__wrapped__", step)(self.optimizer)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} differentiates the gradients in its step, which are of the perturbed "
+                "weights; the weights are restored by then, so choose a base that takes gradients as they are"
+            ) from error
         if applied is None:
             return
         if len(self._tensors()) != len(tensors):
