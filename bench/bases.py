@@ -6,6 +6,7 @@ Each class is tried as its users would: alone, and within FriendlySAM, on a smal
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import gc
 import importlib
@@ -257,18 +258,21 @@ def found() -> dict[str, ModuleType]:
 def resident_bytes() -> int:
     """What the process has in memory."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def bytes_per_parameter(trial: Trial, tensors: int = 24, **own: Any) -> tuple[float, float]:
+def bytes_per_parameter(trial: Trial, tensors: int = 32, **own: Any) -> tuple[float, float]:
     """(weights and gradients, all the optimizer's) in bytes a parameter, after two steps, of bfloat16 parameters."""
+    if tensors > 1:
+        bytes_per_parameter(trial, 1, **own)  # what code is loaded and compiled counts for no parameter
     before = resident_bytes()
-    params = [nn.Parameter(torch.randn(1024, 1024).bfloat16()) for _ in range(tensors)]
+    params = [nn.Parameter(torch.empty(1024, 1024, dtype=torch.bfloat16).normal_()) for _ in range(tensors)]
     for param in params:
-        param.grad = torch.randn(1024, 1024).bfloat16()
+        param.grad = torch.empty_like(param).normal_()
     numel = sum(param.numel() for param in params)
     with_grads = resident_bytes()
-    optimizer = FriendlySAM(params, trial.cls, rho=0.05, **own, **trial.options)
+    optimizer = FriendlySAM(params, trial.cls, rho=100.0, **own, **trial.options)
     for _ in range(2):
         optimizer.first_step()
         optimizer.second_step()

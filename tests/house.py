@@ -21,7 +21,7 @@ FLOORS = (
     ("stateful",),
     ("optimizer", "sam"),
     ("__init__",),
-    ("info", "convert"),
+    ("info", "convert", "checkpoint"),
 )
 
 

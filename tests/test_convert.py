@@ -254,7 +254,10 @@ FILES = {
     "itself": (packed(looped()), "holds no state_dict of an optimizer"),
     "deep": (packed(eval("[" * 90 + "]" * 90)), "holds no state_dict of an optimizer"),
     "entry": (packed({**stepped(), "state": {0: torch.ones(2)}}), "the state of parameter 0 is Tensor, no dict"),
-    "names": (packed({**stepped(), "state": {0: {1: 2}}}), "the state of parameter 0 is a dict with other keys than names"),
+    "names": (
+        packed({**stepped(), "state": {0: {1: 2}}}),
+        "the state of parameter 0 is a dict with other keys than names",
+    ),
     "numbers": (packed({"state": {}, "param_groups": [{"params": [0, 0]}]}), "'params' has to hold distinct numbers"),
     "format": (packed({"state": {}, "param_groups": [{"params": [], "fsam_format": "x"}]}), "are whole numbers"),
     "legacy, cut": (packed(stepped(), _use_new_zipfile_serialization=False)[:-40], "or it is damaged"),

@@ -84,6 +84,20 @@ def check_complete(entry: dict[str, Any], param: Tensor, together: tuple[str, ..
         )
 
 
+def start_unset(entry: dict[str, Any], group: dict[str, Any]) -> None:
+    """What a checkpoint marks as unset, as its group starts it: csrc/formulas.h, NOTE [an unset state is NaN].
+
+    An average of "updated" starts at zero. Masters are made from the weights, which may not be loaded yet:
+    fsam_ext/checkpoint.py marks those that a checkpoint lacks.
+    """
+    master, name = entry.get(MASTER), EMA if entry.get(EMA_SCALE) is None else EMA_SCALE
+    if isinstance(master, Tensor) and master.numel() > 0 and bool(local(master).isnan().all()):
+        del entry[MASTER]
+    if group["ema"] == "updated" and isinstance(entry.get(name), Tensor):
+        part = local(entry[name])
+        part.copy_(torch.where(part.isnan(), 0.0, part))
+
+
 def converted(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     """F-SAM's own part of one parameter's state, in the form that its group keeps it in; ``entry`` stays as it is.
 

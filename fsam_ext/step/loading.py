@@ -75,6 +75,7 @@ def read(
             mine = state[param]
             for name, value in entry.items():
                 mine[name] = _as_saved(mine.get(name, value if name in OWN_STATE else None), value, name, param)
+            entries.start_unset(mine, group)
             own = entries.converted(mine, param, group)
             entries.adopt(mine, own, group)
     return state, new_groups
