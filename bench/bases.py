@@ -26,7 +26,9 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -60,6 +62,7 @@ class Trial:
     options: Mapping[str, Any] = field(default_factory=dict)
     groups: Groups = all_params
     create_graph: bool = False
+    ranks: bool = False  # needs torch.distributed, if only with one rank
 
 
 @dataclass(frozen=True)
@@ -124,19 +127,21 @@ def trained(
 ) -> Tensor:
     """The weights after all steps, with a file between the halves where it is ``resumed``."""
     torch.manual_seed(0)
+    np.random.seed(0)  # Kron draws from numpy's generator
     model = network(dtype)
     optimizer = make(trial, model, rho, **own)
     train(model, optimizer, range(HALF), trial.create_graph)
     if resumed:
         file = io.BytesIO()
-        torch.save((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()), file)
+        torch.save((model.state_dict(), optimizer.state_dict(), torch.get_rng_state(), np.random.get_state()), file)
         file.seek(0)
-        saved_model, saved_optimizer, rng = torch.load(file, weights_only=False)
+        saved_model, saved_optimizer, rng, numpy_rng = torch.load(file, weights_only=False)
         model = network(dtype)
         model.load_state_dict(saved_model)
         optimizer = make(trial, model, rho, **own)
         optimizer.load_state_dict(saved_optimizer)
         torch.set_rng_state(rng)
+        np.random.set_state(numpy_rng)
     train(model, optimizer, range(HALF, STEPS), trial.create_graph)
     return weights(model)
 
@@ -162,6 +167,16 @@ def sentence(error: Exception) -> str:
 
 def try_out(name: str, trial: Trial, **own: Any) -> Row:
     """One class: does rho = 0 do what it does alone, and does a resumed run go on as one without a break?"""
+    if trial.ranks:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return _tried_out(name, trial, **own)
+    finally:
+        if trial.ranks:
+            dist.destroy_process_group()
+
+
+def _tried_out(name: str, trial: Trial, **own: Any) -> Row:
     dtype = own.get("dtype", torch.float32)
     alone, within = attempt(trained, trial, None, dtype=dtype), attempt(trained, trial, 0.0, **own)
     if isinstance(within, Exception):
@@ -174,28 +189,31 @@ def try_out(name: str, trial: Trial, **own: Any) -> Row:
     notes = []
     off = differ(alone, within)
     if off:
-        notes.append(_about_update(trial, alone, off))
+        notes += _about_update(trial, alone)
     whole, resumed = attempt(trained, trial, 0.05, **own), attempt(trained, trial, 0.05, resumed=True, **own)
     failed = [run for run in (whole, resumed) if isinstance(run, Exception)]
     exact = not failed and differ(whole, resumed) == 0
     if not exact:
         notes.append(sentence(failed[0]) if failed else f"a resumed run is off by {differ(whole, resumed):.1e}")
-        again = attempt(trained, trial, None, resumed=True, dtype=dtype)
+        twice, again = attempt(trained, trial, 0.05, **own), attempt(trained, trial, None, resumed=True, dtype=dtype)
+        if not failed and differ(whole, twice):
+            notes.append(f"two runs without a break are off by {differ(whole, twice):.1e}")
         broken = isinstance(again, Exception)
         notes.append(f"alone: {sentence(again) if broken else f'off by {differ(alone, again):.1e}'}")
     return Row(name, f"off by {off:.1e}" if off else "yes", "yes" if exact else "no", "; ".join(notes))
 
 
-def _about_update(trial: Trial, alone: Tensor, off: float) -> str:
-    """Why a run at rho = 0 may differ from the optimizer's own."""
+def _about_update(trial: Trial, alone: Tensor) -> list[str]:
+    """What to know where a run at rho = 0 differs from the optimizer's own."""
+    notes = []
     again = differ(alone, trained(trial, None))
     if again:
-        return f"two runs of it alone differ by {again:.1e}"
+        notes.append(f"two runs of it alone differ by {again:.1e}")
     if trial.cls in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         fused = replace(trial, options={**trial.options, "fused": True})
-        off = differ(alone, trained(fused, None))
-        return f"the update is one pass with the restore; torch's own `fused=True` is off by {off:.1e} too"
-    return ""
+        by = differ(alone, trained(fused, None))
+        notes.append(f"the update is one pass with the restore; torch's own `fused=True` is off by {by:.1e} too")
+    return notes
 
 
 # ---- Which classes there are ---------------------------------------------------------------------------------------
@@ -210,10 +228,9 @@ SETUP: dict[str, dict[str, Any]] = {
     "pytorch_optimizer.BSAM": {"options": {"num_data": 8}},
     "pytorch_optimizer.Ranger21": {"options": {"num_iterations": STEPS}},
     "pytorch_optimizer.SpectralSphere": {"groups": matrices},
-    **{
-        f"pytorch_optimizer.{name}": {"groups": split}
-        for name in ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")
-    },
+    **{f"pytorch_optimizer.{name}": {"groups": split} for name in ("AdaGO", "AdaMuon", "Muon", "MuonClip", "NorMuon")},
+    "pytorch_optimizer.DistributedMuon": {"groups": split, "ranks": True},
+    "pytorch_optimizer.DeMo": {"ranks": True},
     **{
         f"bitsandbytes.optim.{name}": {"options": {"lr": 0.05, "momentum": 0.9}}
         for name in ("SGD", "SGD8bit", "SGD32bit", "LARS", "LARS8bit", "LARS32bit", "PytorchLARS")
@@ -335,7 +352,6 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    os.environ.setdefault("MASTER_ADDR", "localhost")
     modules = {name: module for name, module in found().items() if not options.only or name in options.only}
     versions = ", ".join(f"{name} {version(name)}" for name in modules)
     when, python = datetime.date.today().isoformat(), platform.python_version()

@@ -65,7 +65,7 @@ def made(base_optimizer: type[Optimizer], groups: list[dict[str, Any]], options:
         raise TypeError(
             f"base_optimizer must be a class of torch.optim, such as torch.optim.SGD, not {base_optimizer!r}"
         )
-    _check_not_wrapper(base_optimizer)
+    _check_not_wrapper(base_optimizer, options)
     closure = inspect.signature(base_optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
@@ -83,10 +83,11 @@ def made(base_optimizer: type[Optimizer], groups: list[dict[str, Any]], options:
         ) from error
 
 
-def _check_not_wrapper(base_optimizer: type[Optimizer]) -> None:
+def _check_not_wrapper(base_optimizer: type[Optimizer], options: dict[str, Any]) -> None:
     """Raises TypeError for a class whose groups and state are those of an optimizer within it."""
     signature = inspect.signature(base_optimizer.__init__)
     needed = {name for name, parameter in signature.parameters.items() if parameter.default is inspect.Parameter.empty}
+    needed -= options.keys()
     if isinstance(getattr(base_optimizer, "param_groups", None), property) or needed & {"optimizer", "base_optimizer"}:
         raise TypeError(
             f"base_optimizer {base_optimizer.__name__} is a wrapper around another optimizer, which has the groups and "
