@@ -41,14 +41,13 @@ class _Key(NamedTuple):
 
 def _key(path: tuple[Any, ...]) -> _Key | None:
     """What a path in nested dicts is of an optimizer, whose own dict may be flattened already."""
-    if len(path) >= 3 and path[-3] in _PARTS:
-        *root, part, _, name = map(str, path)
-    else:
-        *root, last = map(str, path)
-        part, _, rest = last.partition(".")
-        name = rest.rpartition(".")[2]
-        if part not in _PARTS or not name:
+    *root, last = map(str, path)
+    part, _, rest = last.partition(".")
+    name = rest.rpartition(".")[2]
+    if part not in _PARTS or not name:
+        if len(path) < 3 or path[-3] not in _PARTS:
             return None
+        *root, part, _, name = map(str, path)
     whole = ".".join(map(str, path))
     return _Key("".join(f"{key}." for key in root), part, whole[: len(whole) - len(name)], name)
 

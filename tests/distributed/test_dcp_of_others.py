@@ -218,6 +218,42 @@ def test_an_option_of_the_base_with_a_name_of_ours(how, tmp_path):
     assert [optimizer.param_groups[0][name] for name in ("rho", "base_rho")] == [0.3, 0.8]
 
 
+PLACES = {
+    "alone": lambda state_dict: state_dict,
+    "by a name": lambda state_dict: {"optimizer": state_dict},
+    "in a dict called state": lambda state_dict: {"state": {"model": {"w": torch.ones(2)}, "optimizer": state_dict}},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("how", ["nested", "flattened"])
+@pytest.mark.parametrize("base", [AdamW, torch.optim.Adadelta, torch.optim.RMSprop])
+def test_wherever_it_is_in_the_checkpoint(base, how, place, tmp_path):
+    """Two groups, and an lr that is a tensor: torch then names each option for itself."""
+    options = StateDictOptions(**HOW[how])
+    model = network()
+    params = list(model.parameters())
+
+    def groups():
+        return [{"params": params[:2], "lr": torch.tensor(0.1)}, {"params": params[2:], "lr": torch.tensor(0.2)}]
+
+    alone = base(groups())
+    backward(model, batches(1)[0])
+    alone.step()
+    alone.zero_grad()
+    saved = get_optimizer_state_dict(model, alone, options=options)
+    dcp.save(PLACES[place](saved), checkpoint_id=tmp_path)
+    optimizer = FriendlySAM([{**group, "lr": torch.tensor(1.0)} for group in groups()], base, rho=0.3)
+    template = get_optimizer_state_dict(model, optimizer, options=options)
+    dcp.load(PLACES[place](template), checkpoint_id=tmp_path, planner=LoadPlanner())
+    set_optimizer_state_dict(model, optimizer, template, options=options)
+    loaded = state_of(optimizer)
+    assert all(identical(loaded.pop(name), value) for name, value in state_of(alone).items())
+    assert loaded and all(value.isnan().all() for value in loaded.values())
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.1, 0.2])
+    assert [group["rho"] for group in optimizer.param_groups] == [0.3, 0.3]
+
+
 @pytest.mark.parametrize("how", ["nested", "flattened"])
 def test_an_average_of_the_papers_form_starts_at_zero(how, tmp_path):
     options = StateDictOptions(**HOW[how])
