@@ -212,7 +212,10 @@ def _about_update(trial: Trial, alone: Tensor) -> list[str]:
     if trial.cls in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         fused = replace(trial, options={**trial.options, "fused": True})
         by = differ(alone, trained(fused, None))
-        notes.append(f"the update is one pass with the restore; torch's own `fused=True` is off by {by:.1e} too")
+        notes.append(
+            f"the update is one pass with the restore; torch's own `fused=True` is off by {by:.1e} too, and a subclass, "
+            "whose own step runs, by nothing"
+        )
     return notes
 
 
@@ -304,9 +307,9 @@ Which optimizers serve as `base_optimizer` of `FriendlySAM` and `SAM`. `python b
 tries every class that is installed.
 
 How to read a row. **update**: training with `rho=0` gives the weights that the optimizer alone gives, to the bit, after
-{steps} steps (float32, a small network, on a CPU). **resume**: a run with `rho=0.05` that is saved and loaded at step
-{half} ends with the weights of one without a break, to the bit. Where it says "no", the note has the sentence that the
-constructor or the step raises.
+{steps} steps (float32, a small network, on a CPU); else the largest difference of a weight. **resume**: a run with
+`rho=0.05` that is saved and loaded at step {half} ends with the weights of one without a break, to the bit. Where it
+says "no", the note has the sentence that the constructor or the step raises; "alone too": so does the optimizer alone.
 
 Made on {date} with Python {python} and {versions}.
 """
