@@ -175,6 +175,7 @@ def test_masters_that_a_checkpoint_lacks_are_made_from_the_weights(how, tmp_path
     other = network(torch.bfloat16)
     optimizer = FriendlySAM(other.parameters(), AdamW, master_weights=True, ema_dtype=torch.int8)
     load(tmp_path, other, optimizer, options, LoadPlanner())
+    assert not any("fsam_master" in entry for entry in optimizer.state.values())
     other.load_state_dict(model.state_dict())  # after the optimizer
     assert optimizer.param_groups[0]["sigma"] == 0  # options are the checkpoint's
     optimizer.param_groups[0]["sigma"] = 1.0
