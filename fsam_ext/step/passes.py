@@ -51,6 +51,7 @@ class Passes:
         self._effects: list[Tensor] = []
         self._effect_watch = EffectWatch()
         self._warnings: list[str] = []  # of the step that is open, for its end
+        self._said: set[str] = set()
 
     # ---- The ascent ------------------------------------------------------------------------------------------------
 
@@ -217,6 +218,8 @@ class Passes:
         if self.scaler is not None and self.norm.totals and self.ascent_sync:
             self.scaler.report_overflow(next(iter(self.norm.totals.values()))[0])
         self._warn_later(self.backward_count.finished())
+        if segments:
+            self.backward_count.used(segments[0].params[0])
         self._rounding.advance()
         forget_casts()
         for group in groups:
@@ -300,7 +303,8 @@ class Passes:
 
     def stats(self) -> dict[str, Tensor]:
         """What the last ascent measured: :meth:`fsam_ext.FriendlySAM.stats`."""
-        noise_sq, grad_sq, dot, ema_sq, _ = next(iter(self.norm.totals.values())).unbind()
+        unknown = torch.full((ops.STATISTICS,), torch.nan, dtype=torch.float64)
+        noise_sq, grad_sq, dot, ema_sq, _ = next(iter(self.norm.totals.values()), unknown).unbind()
         effect = {}
         if self._effects:
             pair = effective_norm_and_cosine(total_effect(self._effects))
@@ -310,9 +314,15 @@ class Passes:
             "grad_norm": grad_sq.sqrt(),
             "ema_norm": ema_sq.sqrt(),
             "cosine": dot / (grad_sq.sqrt() * ema_sq.sqrt()),
-            "found_inf": ~noise_sq.isfinite(),
+            "found_inf": ~noise_sq.isfinite() & bool(self.norm.totals),
             **effect,
         }
+
+    def warn_once(self, message: str) -> None:
+        """Has a message said at the end of the step, if it never was."""
+        if message not in self._said:
+            self._said.add(message)
+            self._warn_later(message)
 
     def _warn_later(self, message: str | None) -> None:
         if message is not None:
