@@ -22,6 +22,7 @@ from .step.accumulation import as_list, evaluate
 from .step.amp import is_asked_by_torch, scaler_of
 from .step.base_update import base_of
 from .step.gradients import clear_flattened
+from .step.random_state import RandomState
 from .step.transaction import Stage
 
 # NOTE [steps are not compiled]
@@ -293,12 +294,12 @@ class FriendlySAM(StatefulOptimizer):
         aside = closures.SetAside(params, passes.backward_count, self.zero_grad)
         if self._stage is not Stage.CLEAN or not self.ascends:
             return closures.one_pass(evaluate_pass, aside, passes.warn_once), True
-        state = closures.RandomState(params) if replay else None
+        state = RandomState(params) if replay else None
         loss = closures.first_pass(evaluate_pass, aside, passes.warn_once)
         self.first_step(zero_grad=True)
         if state is not None:
             state.replay()
-        with closures.second_pass():
+        with closures.with_a_graph_of_its_own():
             second = evaluate_pass()
         return loss, loss is None or second is not None
 
@@ -335,7 +336,7 @@ class FriendlySAM(StatefulOptimizer):
         open_already = self._stage is not Stage.CLEAN
         try:
             self.first_step(zero_grad=zero_grad, grad_scaler=grad_scaler)
-            with closures.second_pass():
+            with closures.with_a_graph_of_its_own():
                 yield
             if self._stage is Stage.PERTURBED:  # otherwise the block has finished or given up the step itself
                 with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fsam_ext import SAM, FriendlySAM, flatten_parameters
+from fsam_ext import SAM, FriendlySAM, SecondPass, flatten_parameters
 
 X, Y = torch.randn(32, 10), torch.randint(3, (32,))
 
@@ -233,3 +233,74 @@ def test_a_schedule_that_never_ascended_says_so_at_its_end():
         warnings.simplefilter("error")
         del optimizer
         gc.collect()
+
+
+# ---- SecondPass ------------------------------------------------------------------------------------------------------
+
+
+def parts():
+    return [slice(i, i + 8) for i in (0, 8, 16, 24)]
+
+
+def with_statistics():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
+    return model, FriendlySAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9, every=2)
+
+
+def test_the_second_pass_replays_what_the_first_saw():
+    """Against the two passes written by hand: micro-batches, dropout, statistics, and where random numbers go on."""
+    (ours, optimizer), (theirs, plain) = with_statistics(), with_statistics()
+    for step in range(4):
+        torch.manual_seed(step)
+        second = SecondPass(optimizer, ours)
+        optimizer.zero_grad()
+        for part in parts():
+            second.keep(part)
+            (backward_of(ours, part) / 4).backward()
+        losses = second.run(lambda part: (backward_of(ours, part) / 4).backward() or part)
+        assert losses == (parts() if step % 2 == 0 else [])
+        optimizer.step()
+        drawn = torch.rand(1)
+        torch.manual_seed(step)
+        plain.zero_grad()
+        for part in parts():
+            (backward_of(theirs, part) / 4).backward()
+        after = torch.get_rng_state()
+        if plain.ascends:
+            statistics = [buffer.clone() for buffer in theirs.buffers()]
+            plain.first_step(zero_grad=True)
+            torch.manual_seed(step)
+            for part in parts():
+                (backward_of(theirs, part) / 4).backward()
+            for buffer, value in zip(theirs.buffers(), statistics):
+                buffer.copy_(value)
+        plain.step()
+        torch.set_rng_state(after)
+        assert torch.equal(drawn, torch.rand(1))
+        assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+
+
+def backward_of(model, part):
+    return cross_entropy(model(X[part]), Y[part])
+
+
+def test_an_exception_in_the_second_pass_restores_the_weights():
+    model, optimizer = made()
+    before = weights(model)
+    second = SecondPass(optimizer, model)
+    second.keep(0)
+    backward(model)
+    with pytest.raises(KeyboardInterrupt):
+        second.run(lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert torch.equal(weights(model), before) and not optimizer.is_perturbed and len(second) == 0
+
+
+def test_what_cannot_be_replayed_is_refused():
+    model, optimizer = made()
+    with pytest.raises(TypeError, match="a batch of type generator is used up by the first pass"):
+        SecondPass(optimizer, model).keep(i for i in range(3))
+    with pytest.raises(TypeError, match="optimizer must be a fsam_ext.FriendlySAM or SAM, not SGD"):
+        SecondPass(torch.optim.SGD(model.parameters()))
+    with pytest.raises(RuntimeError, match=r"call keep\(batch\) before each forward pass"):
+        SecondPass(optimizer).run(backward)

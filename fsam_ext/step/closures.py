@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..state.flatten import REGISTRY
@@ -54,23 +53,8 @@ class SetAside:
                 param.grad.copy_(grad)
 
 
-class RandomState:
-    """The state of the random numbers on the CPU and on the devices of some tensors."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._cpu = torch.get_rng_state()
-        devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-        self._devices = {device: torch.cuda.get_rng_state(device) for device in devices}
-
-    def replay(self) -> None:
-        """Has the same numbers drawn again, dropout masks among them."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._devices.items():
-            torch.cuda.set_rng_state(state, device)
-
-
 @contextmanager
-def second_pass() -> Iterator[None]:
+def with_a_graph_of_its_own() -> Iterator[None]:
     """Says what to do where a second pass goes back through the graph of the first."""
     try:
         yield
@@ -85,7 +69,7 @@ def second_pass() -> Iterator[None]:
 
 def one_pass(evaluate: Callable[[], Any], aside: SetAside, warn: Callable[[str], None]) -> Any:
     """The pass of a step that needs one gradient more."""
-    with second_pass():
+    with with_a_graph_of_its_own():
         loss = evaluate()
     if not aside.some:
         return loss
