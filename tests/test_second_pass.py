@@ -101,6 +101,18 @@ def test_accumulated_gradients_are_not_thrown_away_in_silence(warm):
         optimizer.step(lambda: backward(model, slice(16, 32)))
 
 
+def test_gradients_of_a_step_that_was_given_up_are_thrown_away_without_a_word():
+    model, optimizer = made()
+    optimizer.step(lambda: backward(model))
+    backward(model)
+    optimizer.first_step(zero_grad=True)
+    backward(model)
+    optimizer.restore()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: backward(model))
+
+
 class Wrapper:
     """Borrows the optimizer's class and passes on what it lacks, as the wrappers of Lightning and Accelerate do."""
 

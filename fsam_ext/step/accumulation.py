@@ -58,11 +58,12 @@ class BackwardCount:
         self._ascent: int | None = None
         self._warned = False
         self._used: tuple[int, tuple[int, int] | None] | None = None
+        self._given_up = False
 
     def are_new(self, params: Iterable[Tensor]) -> bool:
         """Whether gradients have come since the last pass of a step used, or cleared, those that were there then."""
-        if self._count > 0:
-            return True
+        if self._count > 0 or self._given_up:
+            return self._count > 0
         # Flattened gradients are always there.
         there = [param for param in params if param.grad is not None and REGISTRY.get(param) is None]
         used = None if self._used is None else next((p for p in there if id(p) == self._used[0]), None)
@@ -71,6 +72,7 @@ class BackwardCount:
     def used(self, param: Tensor) -> None:
         """A pass has read the gradients, of which this parameter's stands for all."""
         self._used = id(param), mark(param)
+        self._given_up = False
 
     def second_is_missing(self, params: Iterable[Tensor]) -> bool:
         """Whether backward passes made the first gradient, and none a second one."""
@@ -116,7 +118,13 @@ class BackwardCount:
         """Gradients were thrown away, and the backward passes that made them do not count."""
         self._count = 0
         self._used = None
+        self._given_up = False
 
     def forget(self) -> None:
         """The next backward pass is the first of a step."""
         self._ascent, self._count = None, 0
+
+    def given_up(self) -> None:
+        """A step ends without an update: its gradients are of no use, and nobody's loss."""
+        self.forget()
+        self._given_up = True

@@ -110,7 +110,7 @@ class Passes:
             flat.saved(),
             self.norm.totals[flat.device],
             scales.get(flat.device),
-            *number_or_tensor(group["rho"], flat.device),
+            *_radius(group, flat.device),
             group["sigma"],
             group["lmbda"],
             group["perturb_eps"],
@@ -284,7 +284,7 @@ class Passes:
         """
         self._rounding.interrupted()
         resized = self.transaction.give_up()
-        self.backward_count.forget()
+        self.backward_count.given_up()
         if self.scaler is not None:
             self.scaler.forget_unscaling()
             self.scaler = None
@@ -332,6 +332,14 @@ class Passes:
         """Says what there is to warn of, now that the step is over: a warning may be an error somewhere."""
         while self._warnings:
             warn_user(self._warnings.pop())
+
+
+def _radius(group: dict[str, Any], device: torch.device) -> tuple[float, Tensor | None]:
+    """rho as the op takes it. Who maximises J minimises -J, whose gradient points the other way."""
+    number, tensor = number_or_tensor(group["rho"], device)
+    if not group.get("maximize", False):
+        return number, tensor
+    return -number, None if tensor is None else -tensor
 
 
 def _forward_dtypes(groups: list[dict[str, Any]]) -> str:
