@@ -86,6 +86,7 @@ def alarms():
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
     torch.set_num_threads(threads)
+    torch.set_grad_enabled(True)  # a signal may come while torch.no_grad ends, too
 
 
 def large(dtypes=(torch.float32, torch.float32, torch.float64)):
