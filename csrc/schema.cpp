@@ -35,8 +35,8 @@ FSAM_LIBRARY(FSAM_NAMESPACE, m) {
   m.def("restore(Tensor(a!)[] params, Tensor offsets, Tensor backup) -> ()");
 
   // Pass C with SGD. Without `backup` the update starts from the parameters as they are; masters are written. With
-  // `adopts` the parameters are not perturbed, and masters are first brought up to date with them. Where `stats` is given
-  // and stats[0] is not finite, or `found_inf` is given and not zero, the pass only restores.
+  // `adopts` the parameters are not perturbed, and masters are first brought up to date with them. Where `stats` is
+  // given and stats[0] is not finite, or `found_inf` is given and not zero, the pass only restores.
   m.def(
       "restore_sgd(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, "
       "Tensor(c!)? momentum_buffer, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, "
