@@ -1,35 +1,22 @@
 // Masters of 16-bit weights: formulas.h, NOTE [masters adopt].
 //
-// Weights of others are rare, so what finds them is fast and what brings masters up to date is small: it is compiled
-// into every pass that reads masters.
+// Weights of others are rare, so what finds them is fast and what brings masters up to date, in memory, is small: it is
+// compiled several times into every pass that reads masters.
 #pragma once
 
 #include "walk.cuh"
 
 namespace fsam::cuda {
 
+// `first`, and every `stride`th element up to `end`.
 template <class T>
-__device__ __forceinline__ void adopt_one(const T& weight, compute_t<T>& master) {
-  T rounded;
-  narrow(master, rounded);
-  if (rounded.bits != weight.bits) master = adopted(master, widen(rounded), widen(weight));
-}
-
-// A group of masters that was loaded with its weights, brought up to date there and in memory.
-template <class T, class Access>
-__device__ __forceinline__ void adopt(Access access, const T* w, compute_t<T>* master,
-                                      Pack<compute_t<T>, kGroup<T>>& masters, const Pack<T, kGroup<T>>& weights) {
-  bool others = false;
-#pragma unroll
-  for (int j = 0; j < kGroup<T>; ++j) {
-    T rounded;
-    narrow(masters.v[j], rounded);
-    others |= rounded.bits != weights.v[j].bits;
-  }
-  if (!others) return;
+__device__ __forceinline__ void adopt(const T* w, compute_t<T>* master, int first, int end, int stride) {
 #pragma unroll 1
-  for (int j = 0; j < kGroup<T> && access.has(j); ++j) adopt_one(w[j], master[j]);
-  access.template load<Reuse::late>(master, masters);
+  for (int i = first; i < end; i += stride) {
+    T rounded;
+    narrow(master[i], rounded);
+    if (rounded.bits != w[i].bits) master[i] = adopted(master[i], widen(rounded), widen(w[i]));
+  }
 }
 
 // The masters of a warp's pieces.
@@ -39,9 +26,47 @@ __device__ __forceinline__ void adopt(const Piece& piece, const T* w, compute_t<
 #pragma unroll 1
   for (int start = 0; start < piece.n; start += int(kChunk)) {
     const int end = start + extent < piece.n ? start + extent : piece.n;
-#pragma unroll 1
-    for (int i = start + int(threadIdx.x) % kWarp; i < end; i += kWarp) adopt_one(w[i], master[i]);
+    adopt(w, master, start + int(threadIdx.x) % kWarp, end, kWarp);
   }
 }
+
+// A group of masters that adopts. Whole, it is loaded with its weights, and those that differ are looked for when both
+// are there; a part is brought up to date before it is loaded.
+template <class T>
+struct MasterGroup {
+  Pack<compute_t<T>, kGroup<T>> v;
+  Pack<T, kGroup<T>> weights;
+};
+template <class T>
+__device__ __forceinline__ void load_adopting(Whole access, const T* w, compute_t<T>* master, MasterGroup<T>& x) {
+  access.load<Reuse::late>(master, x.v);
+  access.load<Reuse::late>(w, x.weights);
+}
+template <class T>
+__device__ __forceinline__ void load_adopting(Part access, const T* w, compute_t<T>* master, MasterGroup<T>& x) {
+  adopt(w, master, 0, access.count, 1);
+  access.load<Reuse::late>(master, x.v);
+}
+template <class T>
+__device__ __forceinline__ void adopt_loaded(Whole access, const T* w, compute_t<T>* master, MasterGroup<T>& x) {
+  bool others = false;
+#pragma unroll
+  for (int j = 0; j < kGroup<T>; ++j) {
+    T rounded;
+    narrow(x.v.v[j], rounded);
+    others |= rounded.bits != x.weights.v[j].bits;
+  }
+  if (!others) return;
+  adopt(w, master, 0, kGroup<T>, 1);
+  access.load<Reuse::late>(master, x.v);
+}
+template <class T>
+__device__ __forceinline__ void adopt_loaded(Part, const T*, compute_t<T>*, MasterGroup<T>&) {}
+
+// A group of weights where no masters are.
+template <class T>
+struct WeightGroup {
+  Pack<T, kGroup<T>> v;
+};
 
 }  // namespace fsam::cuda

@@ -44,8 +44,7 @@ struct Perturb {
   PieceSums<kEffect, S> pieces;
 
   struct Loaded {
-    Pack<std::conditional_t<kMaster, S, T>, kGroup<T>> start;
-    Pack<T, kMaster ? kGroup<T> : 1> w;
+    std::conditional_t<kMaster, MasterGroup<T>, WeightGroup<T>> w;
     Pack<T, kGroup<T>> g;
     AveragePack<T, M> ema;
   };
@@ -62,20 +61,19 @@ struct Perturb {
   template <class Access>
   __device__ __forceinline__ void load(Access access, int beyond, Loaded& x) const {
     if constexpr (kMaster) {
-      access.template load<Reuse::late>(master + beyond, x.start);
-      access.template load<Reuse::late>(w + beyond, x.w);
+      load_adopting(access, w + beyond, master + beyond, x.w);
     } else {
-      access.template load<Reuse::late>(w + beyond, x.start);
+      access.template load<Reuse::late>(w + beyond, x.w.v);
     }
     access.template load<Reuse::late>(g + beyond, x.g);
     load_average<Reuse::late>(access, ema, beyond, x.ema);
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int beyond, Loaded& x) {
-    if constexpr (!kMaster) {
-      access.template store<Reuse::late>(backup + beyond, x.start);
+    if constexpr (kMaster) {
+      adopt_loaded(access, w + beyond, master + beyond, x.w);
     } else {
-      adopt(access, w + beyond, master + beyond, x.start, x.w);
+      access.template store<Reuse::late>(backup + beyond, x.w.v);
     }
     Pack<T, kGroup<T>> after;
     S fresh[kGroup<T>], intended[kGroup<T>];
@@ -84,7 +82,7 @@ struct Perturb {
       scalars.adaptive = decltype(adaptive)::value;
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
-        const S start = widen_at(x.start, j);
+        const S start = widen_at(x.w.v, j);
         const S gradient = widen_at(x.g, j) * s.inverse_scale;
         const S average = average_at<T, M>(x.ema, j);
         intended[j] = perturbation(start, noise<has_average<M>>(gradient, average, scalars), scalars);
@@ -96,7 +94,7 @@ struct Perturb {
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
         if (!access.has(j)) continue;
-        S before = widen_at(x.start, j);
+        S before = widen_at(x.w.v, j);
         if constexpr (kMaster) {
           T low;
           narrow(before, low);

@@ -37,10 +37,7 @@ struct Weights {
   int64_t position;  // of the piece, in the flat state
   uint32_t key = 0;  // of the stochastic rounding
 
-  struct Loaded {
-    Pack<std::conditional_t<kMaster, S, T>, kGroup<T>> start;
-    Pack<T, kMaster ? kGroup<T> : 1> w;  // where masters adopt
-  };
+  using Loaded = std::conditional_t<kMaster, MasterGroup<T>, WeightGroup<T>>;
   __device__ __forceinline__ bool aligned() const { return kMaster ? is_aligned(w, master) : is_aligned(w, from); }
   __device__ __forceinline__ void move(int by) {
     w += by;
@@ -54,17 +51,17 @@ struct Weights {
   template <class Access>
   __device__ __forceinline__ void load(Access access, int beyond, Loaded& x) const {
     if constexpr (kMaster) {
-      access.template load<Reuse::late>(master + beyond, x.start);
-      if (adopts) access.template load<Reuse::late>(w + beyond, x.w);
+      if (adopts) return load_adopting(access, w + beyond, master + beyond, x);
+      access.template load<Reuse::late>(master + beyond, x.v);
     } else {
-      access.template load<Reuse::late>(from + beyond, x.start);
+      access.template load<Reuse::late>(from + beyond, x.v);
     }
   }
   // To be called before the loaded weights are used.
   template <class Access>
-  __device__ __forceinline__ void adopt_loaded(Access access, int beyond, Loaded& x) const {
+  __device__ __forceinline__ void adopt(Access access, int beyond, Loaded& x) const {
     if constexpr (kMaster) {
-      if (adopts) adopt(access, w + beyond, master + beyond, x.start, x.w);
+      if (adopts) adopt_loaded(access, w + beyond, master + beyond, x);
     }
   }
   template <class Access>

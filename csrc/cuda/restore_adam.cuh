@@ -41,7 +41,7 @@ struct RestoreAdam : NoSums {
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int beyond, Loaded& x) const {
-    weights.adopt_loaded(access, beyond, x.w);
+    weights.adopt(access, beyond, x.w);
     S updated[kGroup<T>];
     bool fits = division.usable;
     AdamScalars<S> scalars = s;
@@ -50,7 +50,7 @@ struct RestoreAdam : NoSums {
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
         updated[j] =
-            adam_moments(S(widen_at(x.w.start, j)), S(widen_at(x.g, j)), x.exp_avg.v[j], x.exp_avg_sq.v[j], scalars);
+            adam_moments(S(widen_at(x.w.v, j)), S(widen_at(x.g, j)), x.exp_avg.v[j], x.exp_avg_sq.v[j], scalars);
         fits &= division.fits(x.exp_avg.v[j], x.exp_avg_sq.v[j]);
       }
     });

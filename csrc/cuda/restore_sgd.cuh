@@ -31,13 +31,13 @@ struct RestoreSgd : NoSums {
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int beyond, Loaded& x) const {
-    weights.adopt_loaded(access, beyond, x.w);
+    weights.adopt(access, beyond, x.w);
     S updated[kGroup<T>];
 #pragma unroll
     for (int j = 0; j < kGroup<T>; ++j) {
       S buffer(0);
       if constexpr (kMomentum) buffer = x.momentum_buffer.v[j];
-      updated[j] = sgd<kMomentum>(S(widen_at(x.w.start, j)), S(widen_at(x.g, j)), buffer, s);
+      updated[j] = sgd<kMomentum>(S(widen_at(x.w.v, j)), S(widen_at(x.g, j)), buffer, s);
       if constexpr (kMomentum) x.momentum_buffer.v[j] = buffer;
     }
     weights.store(access, beyond, updated);

@@ -33,14 +33,14 @@ def others_wrote(master, written, T: tl.constexpr):
 def load_source(
     w, b, lanes, count, T: tl.constexpr, B: tl.constexpr, ADOPTS: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """What an update starts from, as B is stored, and the weights in its place where it is skipped, as T is."""
+    """What an update starts from, as B is stored, and the weights as they are, where they are looked at."""
     stored = load(b, lanes, count, B, WHOLE)
     if ADOPTS:
         kept = load(w, lanes, count, T, WHOLE)
         stored = tl.where(others_wrote(stored, kept, T), widen(kept, T), stored)
         return stored, kept
     else:
-        return stored, as_weight(stored, T, B)
+        return stored, stored
 
 
 @helper
@@ -48,7 +48,7 @@ def store_weights(
     applies, w, b, at, lanes, count, stored, kept, new, key, T: tl.constexpr, B: tl.constexpr,
     ADOPTS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The updated weights where the update `applies`, else what `load_source` gave."""
+    """The updated weights where the update `applies`, else those that `load_source` gave, as they were or restored."""
     if key is not None:
         low = narrow_stochastically(new, random_bits(at + lanes, key), T)
     else:
@@ -57,4 +57,6 @@ def store_weights(
         store(b, lanes, count, tl.where(applies, new, stored), B, WHOLE)
     elif B != T:
         store_where(applies, b, lanes, count, new, B, WHOLE)
+    if not ADOPTS:
+        kept = as_weight(stored, T, B)
     store(w, lanes, count, tl.where(applies, low, kept), T, WHOLE)
