@@ -70,7 +70,7 @@ class Kernel:
             return storage + SIZES[self.arguments[1]]
         if self.op == "perturb":
             _, average, master, _ = self.arguments
-            return (4 if master == "true" else storage) + storage + SIZES[average]
+            return (4 if master == "true" else 0) + 2 * storage + SIZES[average]
         weight = 4 if self.arguments[1] == "true" else storage
         if self.op == "restore_sgd":
             return weight + storage + (self.arguments[2] == "true") * state

@@ -364,7 +364,8 @@ class FriendlySAM(StatefulOptimizer):
             ``cosine``: of g and m before the ascent, NaN where one of them is zero; ``found_inf``: the ascent was
             not finite, nothing was perturbed. Where weights are rounded (16-bit parameters, ``forward_dtype``), over
             these: ``effective_norm``, of what rounding leaves of the perturbation, and ``effective_cosine``, of that
-            with the intended one. Of sharded parameters these two are about this rank's shards.
+            with the intended one: 0 where nothing is left, NaN where none was meant (``rho`` = 0). Of sharded
+            parameters these two are about this rank's shards.
 
         Before the first ascent all are NaN. Reading a value waits for the device; calling this does not.
         """

@@ -116,7 +116,7 @@ def test_aligned_main_loops_move_16_bytes_at_once(passes):
 
 
 def test_library_is_small_enough_to_ship():
-    assert LIBRARY.stat().st_size < 16e6
+    assert LIBRARY.stat().st_size < 16.5e6
 
 
 # ---- What a call executes

@@ -66,8 +66,6 @@ class Passes:
             )
         devices = {one.segment.flat.device for one in participants}
         scales = {} if scaler is None else {device: scaler.ascent_scale(device) for device in devices}
-        for one in participants:
-            one.segment.adopt_changes()
         self.norm.measure(participants, meshes, scales, partial(self._call, groups))
         if scaler is not None:
             scaler.count_overflow(self.norm.totals)
@@ -139,8 +137,6 @@ class Passes:
         in_one_pass = isinstance(self.base, FusedBase) and self.transaction.is_ascent_of(segments)
         if not in_one_pass:
             self.restore_weights(groups)
-            for segment in segments:
-                segment.adopt_changes()
         guards = {one.flat.device: self._guards(one.flat.device, stage, scaling) for one in segments}
         fed = [
             partial(self._call, groups, segment, self._feed, group, segment, grads, guards[segment.flat.device])
@@ -175,7 +171,8 @@ class Passes:
             saved = flat.saved() if in_one_pass or flat.masters else None
             step = group[keys.STEP]
             rounding = self._rounding.on(flat.device, step) if group["stochastic_rounding"] else None
-            made = self.base.ops(segment, grads, saved, guards[flat.device], group, rounding, self.transaction.journal)
+            adopts, journal = flat.masters and not in_one_pass, self.transaction.journal
+            made = self.base.ops(segment, grads, saved, guards[flat.device], group, rounding, adopts, journal)
             run += [partial(self._call, groups, segment, op) for op in made]
             updates += [None] * (len(made) - 1) + [segment]
         return run, updates, lambda: 0
