@@ -86,6 +86,7 @@ def alarms():
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
     torch.set_num_threads(threads)
+    torch.set_grad_enabled(True)  # one that hits torch.no_grad's own end leaves it off
 
 
 def large(dtypes=(torch.float32, torch.float32, torch.float64)):
