@@ -35,8 +35,8 @@ def pytest_report_header(config):
 
 # NOTE [who runs what]
 # Each of the processes that share the tests makes a fixture for itself. What takes long to make is made in one of them:
-# the tests that ask for it are a group. Ranks wait for each other by asking again and again, so their tests are a group,
-# too. The groups and the tests that take longest come first, in this order, so that all processes end together.
+# the tests that ask for it are a group. So are those with ranks, which wait for each other by asking again and again.
+# The groups and the tests that take longest come first, in this order, so that all processes end together.
 FIRST = (
     "kernels",
     "ranks",
