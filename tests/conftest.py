@@ -33,41 +33,19 @@ def pytest_report_header(config):
     return f"fsam_ext: random inputs from --seed {config.fsam_seed}"
 
 
-# NOTE [who runs what]
-# Each of the processes that share the tests makes a fixture for itself. What takes long to make is made in one of them:
-# the tests that ask for it are a group. So are those with ranks, which wait for each other by asking again and again.
-# The groups and the tests that take longest come first, in this order, so that all processes end together.
-FIRST = (
-    "kernels",
-    "ranks",
-    "test_kernels_are_clean_under_sanitizers",
-    "dry",
-    "executed",
-    "compiled",
-    "all_programs",
-    "test_sigint_then_resume_gives_the_bits_of_an_undisturbed_run",
-    "test_same_bits_on_every_isa",
-    "test_the_compiled_code_gives_the_bits_of_the_cpu_backend_and_issues_few_instructions",
-    "test_whatever_the_conformance_suite_launches_passes_tritons_binder",
-    "test_a_prepared_cache_is_found_where_it_is_unpacked",
-    "tree",
-    "planted",
-)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getoption("dist") == "loadgroup":
+        from .sharing import scheduler
+
+        return scheduler(config, log)
 
 
-def group(item: pytest.Item) -> int:
-    """The place in FIRST of a fixture that a test asks for, of its folder's processes, or of the test itself."""
-    names = {*item.fixturenames, item.originalname, "ranks" if "distributed" in item.path.parts else ""}
-    return next((place for place, name in enumerate(FIRST) if name in names), len(FIRST))
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("loadgroup", False):
-        items.sort(key=group)
-        for item in items:
-            if group(item) < len(FIRST):
-                item.add_marker(pytest.mark.xdist_group(FIRST[group(item)]))
+    if hasattr(config, "workerinput"):
+        from .sharing import place
+
+        items.sort(key=lambda item: place(item.nodeid))
 
 
 @pytest.fixture(autouse=True)
