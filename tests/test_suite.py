@@ -1,4 +1,4 @@
-"""The suite itself: whatever becomes of one of its processes, `make test` ends, and fails."""
+"""The suite itself: whatever becomes of one of its processes, a run ends, and fails; a group is in one process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from .sharing import GROUPS
+
 pytest.importorskip("xdist", reason="pytest-xdist is not installed")
 
-MAKEFILE = (Path(__file__).parents[1] / "Makefile").read_text()
+ROOT = Path(__file__).parents[1]
+MAKEFILE = (ROOT / "Makefile").read_text()
 CONFTEST = """
 import os
 import pytest
@@ -46,13 +49,61 @@ def test(number):
     ids=["hangs", "crashes", "is interrupted"],
 )
 def test_a_process_that(ends, said, tmp_path):
-    options = " ".join(re.findall(r"^PARALLEL\s*[:+]=(.*)$", MAKEFILE, re.MULTILINE))
-    for name, text in {"conftest.py": CONFTEST, "test_it.py": TESTS.format(ends.replace("; ", "\n        "))}.items():
-        (tmp_path / name).write_text(text)
-    (tmp_path / "pytest.ini").touch()
-    command = [sys.executable, "-m", "pytest", *options.split(), "-n", "2", "-o", "faulthandler_timeout=2"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
+    done = run(tmp_path, CONFTEST, TESTS.format(ends.replace("; ", "\n        ")), "-o", "faulthandler_timeout=2")
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(r"worker '\w+' crashed while running 'test_it.py::test\[10\]", done.stdout)
     assert re.search(said, done.stdout + done.stderr)
+
+
+def run(folder: Path, conftest: str, tests: str, *more: str) -> subprocess.CompletedProcess:
+    """A run of other tests in two processes, with the options of `make test`."""
+    options = " ".join(re.findall(r"^PARALLEL\s*[:+]=(.*)$", MAKEFILE, re.MULTILINE))
+    (folder / "conftest.py").write_text(conftest)
+    (folder / "test_it.py").write_text(tests)
+    (folder / "pytest.ini").touch()
+    command = [sys.executable, "-m", "pytest", *options.split(), "-n", "2", *more]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
+
+
+# ---- sharing.py ------------------------------------------------------------------------------------------------------
+
+SHARED = """
+import sys
+sys.path.insert(0, {root!r})
+from tests import sharing
+
+sharing.GROUPS = ("test_it.py::test_together",)
+
+def pytest_xdist_make_scheduler(config, log):
+    return sharing.scheduler(config, log)
+"""
+WHERE = """
+import os, time
+import pytest
+
+@pytest.mark.parametrize("number", range(20))
+def test_together(number):
+    where("together")
+
+@pytest.mark.parametrize("number", range(20))
+def test_alone(number):
+    where("alone")
+
+def where(name):
+    time.sleep(0.05)
+    open(f"{name} {os.environ['PYTEST_XDIST_WORKER']}", "w").close()
+"""
+
+
+def test_a_group_is_in_one_process(tmp_path):
+    done = run(tmp_path, SHARED.format(root=str(ROOT)), WHERE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("together *"))) == 1 and len(list(tmp_path.glob("alone *"))) == 2
+
+
+@pytest.mark.parametrize("beginning", GROUPS)
+def test_a_group_names_tests_that_there_are(beginning):
+    file, _, test = beginning.partition("::")
+    assert (ROOT / file).exists()
+    assert not test or f"\ndef {test}" in (ROOT / file).read_text()
