@@ -113,7 +113,8 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
         kernels[name] = Kernel(
             arch, name, int(value["REG"]), int(value["STACK"]), int(value["LOCAL"]), int(value["SHARED"])
         )
-    lines, kernel, in_main_loop = binary.main_loop_lines(), None, False
+    lines, rare, kernel = binary.main_loop_lines(), binary.one_by_one_lines(), None
+    in_main_loop = one_by_one = False
     access = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?((?:LDG|STG|LDL|STL)\b\S*)")
     fresh = True
     for line in binary.run(binary.find_tool("nvdisasm"), "-c", "-gi", cubin).splitlines():
@@ -122,8 +123,9 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
         elif "//##" in line:
             # The chain of calls through which the instructions that follow were inlined, a line of text a call.
             if fresh:
-                in_main_loop, fresh = False, False
+                in_main_loop = one_by_one = fresh = False
             in_main_loop |= binary.is_main_loop(line, lines)
+            one_by_one |= binary.is_main_loop(line, rare)
         elif line.lstrip().startswith("/*"):
             fresh = True
             found_access = access.search(line)
@@ -132,7 +134,7 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
             if found_access[1].startswith(("LDL", "STL")):
                 kernel.spills += 1
             else:
-                (kernel.main_loop if in_main_loop else kernel.others).append(found_access[1])
+                (kernel.main_loop if in_main_loop and not one_by_one else kernel.others).append(found_access[1])
     return list(kernels.values())
 
 
