@@ -124,7 +124,8 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
         kernels[name] = Kernel(
             arch, name, int(value["REG"]), int(value["STACK"]), int(value["LOCAL"]), int(value["SHARED"])
         )
-    text, lines = binary.run(binary.find_tool("nvdisasm"), "-c", "-gi", cubin), binary.main_loop_lines()
+    text = binary.run(binary.find_tool("nvdisasm"), "-c", "-gi", cubin)
+    lines, rare = binary.main_loop_lines(), binary.one_by_one_lines()
     starts = {match.start(): kernels.get(match[1]) for match in re.finditer(r"^\.text\.(.+):$", text, re.MULTILINE)}
     at = list(starts)
     for match in _ACCESS.finditer(text):
@@ -135,7 +136,8 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
         if match[1].startswith(("LDL", "STL")):
             kernel.spills += 1
         else:
-            in_main_loop = binary.is_main_loop(_chain(text, match.start()), lines)
+            chain = _chain(text, match.start())
+            in_main_loop = binary.is_main_loop(chain, lines) and not binary.is_main_loop(chain, rare)
             (kernel.main_loop if in_main_loop else kernel.others).append(match[1])
     return list(kernels.values())
 
