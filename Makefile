@@ -20,6 +20,9 @@ BUILD       := $(PY) setup.py -q build_ext
 SANITIZED   := build/sanitize
 # Tests run on one thread each, so as many processes share them as there are processors.
 PARALLEL    := -n auto --dist loadgroup
+# Nobody waits for ever: a process that dies ends the run, as one in its place might get no work and never end; and so does
+# a test of a quarter of an hour, with its traceback. ARGS="-o faulthandler_timeout=0" is for longer ones.
+PARALLEL    += --max-worker-restart=0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 CPP          = $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .NOTPARALLEL:

@@ -52,10 +52,12 @@ NUMERICS = "-ffp-contract=off -fno-math-errno -fno-trapping-math"
 WARNINGS = "-Wall -Wextra"
 OPTIMISED = "-O3"
 # Line tables are enough for a stack trace, and full debug information makes g++ ten times slower on
-# the inlined loops. A null pointer crashes by itself, and an object's size is AddressSanitizer's.
+# the inlined loops; checks that are calls instead of code in place take a third off its time. A null pointer
+# crashes by itself, and an object's size is AddressSanitizer's.
 SANITIZED = (
     "-g1 -O1 -fno-omit-frame-pointer -fsanitize=address,undefined "
-    "-fno-sanitize=null,object-size -fno-sanitize-recover=undefined"
+    "-fno-sanitize=null,object-size -fno-sanitize-recover=undefined "
+    "--param asan-instrumentation-with-call-threshold=0"
 )
 
 

@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 import tempfile
+from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ class Kernel:
             return storage + SIZES[self.arguments[1]]
         if self.op == "perturb":
             _, average, master, _ = self.arguments
-            return (4 if master == "true" else storage) + storage + SIZES[average]
+            return (4 if master == "true" else 0) + 2 * storage + SIZES[average]
         weight = 4 if self.arguments[1] == "true" else storage
         if self.op == "restore_sgd":
             return weight + storage + (self.arguments[2] == "true") * state
@@ -103,6 +104,16 @@ class Kernel:
         return self.threads_per_sm * self.bytes_in_flight_per_thread
 
 
+_ACCESS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?((?:LDG|STG|LDL|STL)\b\S*)")
+
+
+def _chain(text: str, at: int) -> str:
+    """The chain of calls through which an instruction was inlined: the comments between the last two instructions that
+    have one between them."""
+    last = text.rfind("//##", 0, at)
+    return text[text.rfind("/*", 0, last) : text.find("\n", last)]
+
+
 def _read_cubin(cubin: Path) -> list[Kernel]:
     arch = binary.architecture(cubin)
     usage = binary.run(binary.find_tool("cuobjdump"), "-res-usage", cubin)
@@ -113,26 +124,21 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
         kernels[name] = Kernel(
             arch, name, int(value["REG"]), int(value["STACK"]), int(value["LOCAL"]), int(value["SHARED"])
         )
-    lines, kernel, in_main_loop = binary.main_loop_lines(), None, False
-    access = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?((?:LDG|STG|LDL|STL)\b\S*)")
-    fresh = True
-    for line in binary.run(binary.find_tool("nvdisasm"), "-c", "-gi", cubin).splitlines():
-        if line.startswith(".text."):
-            kernel = kernels.get(line[len(".text.") :].rstrip(":"))
-        elif "//##" in line:
-            # The chain of calls through which the instructions that follow were inlined, a line of text a call.
-            if fresh:
-                in_main_loop, fresh = False, False
-            in_main_loop |= binary.is_main_loop(line, lines)
-        elif line.lstrip().startswith("/*"):
-            fresh = True
-            found_access = access.search(line)
-            if found_access is None or kernel is None:
-                continue
-            if found_access[1].startswith(("LDL", "STL")):
-                kernel.spills += 1
-            else:
-                (kernel.main_loop if in_main_loop else kernel.others).append(found_access[1])
+    text = binary.run(binary.find_tool("nvdisasm"), "-c", "-gi", cubin)
+    lines, rare = binary.main_loop_lines(), binary.one_by_one_lines()
+    starts = {match.start(): kernels.get(match[1]) for match in re.finditer(r"^\.text\.(.+):$", text, re.MULTILINE)}
+    at = list(starts)
+    for match in _ACCESS.finditer(text):
+        index = bisect(at, match.start())
+        kernel = starts[at[index - 1]] if index else None
+        if kernel is None:
+            continue
+        if match[1].startswith(("LDL", "STL")):
+            kernel.spills += 1
+        else:
+            chain = _chain(text, match.start())
+            in_main_loop = binary.is_main_loop(chain, lines) and not binary.is_main_loop(chain, rare)
+            (kernel.main_loop if in_main_loop else kernel.others).append(match[1])
     return list(kernels.values())
 
 

@@ -276,15 +276,14 @@ def bytes_per_parameter(
     Pass A reads g and m; pass B reads g, m and w and writes m, w' and the backup; pass C reads the backup, g and the
     base optimizer's state and writes w and the state. Weights, gradients and the backup have the dtype of the
     parameters, the state is float32 (float64 for float64), and so is the average unless ``average`` is its dtype (int8
-    has a float32 scale for each 128 elements). With ``masters`` there is no backup: pass B reads the master in place of
-    w, and pass C reads and writes it and writes w.
+    has a float32 scale for each 128 elements). With ``masters`` there is no backup: pass B reads the master beside w,
+    and pass C reads and writes it and writes w.
     """
     low = dtype.itemsize
     state = 8 if dtype == torch.float64 else 4
     ema = state if average is None else average.itemsize + (4 / 128 if average == torch.int8 else 0)
-    weight = state if masters else low
     noise_norm = low + ema
-    perturb = (low + weight + ema) + (low + ema) + (0 if masters else low)
+    perturb = (low + low + ema) + (low + ema) + (state if masters else low)
     moments = {"sgd": state, "adamw": 2 * state}[base]
-    restore = (low + weight + moments) + (low + moments) + (state if masters else 0)
+    restore = (low + moments) + (low + moments) + (2 * state if masters else low)
     return noise_norm + perturb + restore

@@ -168,6 +168,17 @@ FSAM_FN V fed(V ema, V scaled_g, S inverse_scale, S lmbda, S one_minus_lmbda) {
   return select(is_finite(g), ema_update(ema, g, lmbda, one_minus_lmbda), ema);
 }
 
+// NOTE [masters adopt]
+// 16-bit weights with masters are their rounded copies. What others write into a weight counts, and they need not tell:
+// writes through p.data (a model averager, clamp_) leave no trace on the tensor. So wherever weights are known not to
+// be perturbed, one that is not the rounded copy of its master becomes the master. NaN is the copy of NaN, whatever its
+// bits. `rounded`: the master as the weight is stored, widened again.
+template <class V>
+FSAM_FN V adopted(V master, V rounded, V weight) {
+  const V written = select(is_nan(weight), select(is_nan(rounded), master, weight), weight);
+  return select(rounded == weight, master, written);
+}
+
 // ---- The base updates
 // ------------------------------------------------------------------------------------------
 

@@ -16,8 +16,9 @@ FSAM_LIBRARY(FSAM_NAMESPACE, m) {
       "Tensor? grad_scale, float sigma, float lmbda, bool adaptive, bool ema_updated, "
       "Tensor(a!) partials, Tensor(b!) stats) -> ()");
 
-  // Pass B. Fills the backup (but not masters); then, where stats[0] is finite, updates the EMA where `feeds` and moves
-  // the parameters. `effect`: 3 values for each chunk, what rounding leaves of the perturbation.
+  // Pass B. Fills the backup, or brings masters up to date with what others wrote into the parameters; then, where
+  // stats[0] is finite, updates the EMA where `feeds` and moves the parameters. `effect`: 3 values for each chunk, what
+  // rounding leaves of the perturbation.
   m.def(
       "perturb(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? ema, "
       "Tensor(c!)? ema_scale, Tensor(d!) backup, Tensor stats, Tensor? grad_scale, float rho, "
@@ -33,13 +34,15 @@ FSAM_LIBRARY(FSAM_NAMESPACE, m) {
   // Pass C without a base optimizer: params = backup, bit for bit.
   m.def("restore(Tensor(a!)[] params, Tensor offsets, Tensor backup) -> ()");
 
-  // Pass C with SGD. Without `backup` the update starts from the parameters as they are; masters are written. Where
-  // `stats` is given and stats[0] is not finite, or `found_inf` is given and not zero, the pass only restores.
+  // Pass C with SGD. Without `backup` the update starts from the parameters as they are; masters are written. With
+  // `adopts` the parameters are not perturbed, and masters are first brought up to date with them. Where `stats` is
+  // given and stats[0] is not finite, or `found_inf` is given and not zero, the pass only restores.
   m.def(
       "restore_sgd(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, "
       "Tensor(c!)? momentum_buffer, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, "
       "float lr, Tensor? lr_tensor, float momentum, float dampening, float weight_decay, "
-      "bool nesterov, bool maximize, Tensor? rounding, Tensor(d!)? journal=None) -> ()");
+      "bool nesterov, bool maximize, Tensor? rounding, bool adopts=False, "
+      "Tensor(d!)? journal=None) -> ()");
 
   // Before pass C with Adam: steps[index] += 1 where pass C will update, and each row's bias corrections. `index` names
   // first the members that start a row, in the order of the rows, then the others; corrections[i] is row i's.
@@ -53,7 +56,8 @@ FSAM_LIBRARY(FSAM_NAMESPACE, m) {
       "restore_adam(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, "
       "Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor corrections, Tensor? stats, Tensor? grad_scale, "
       "Tensor? found_inf, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, "
-      "float weight_decay, bool decoupled, bool maximize, Tensor? rounding, Tensor(e!)? journal=None) -> ()");
+      "float weight_decay, bool decoupled, bool maximize, Tensor? rounding, "
+      "bool adopts=False, Tensor(e!)? journal=None) -> ()");
 
   // Asks for huge pages behind a CPU buffer, before it is touched; no backend op.
   m.def("advise_huge_pages(Tensor buffer) -> ()");

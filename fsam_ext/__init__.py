@@ -4,6 +4,7 @@ from ._version import __version__
 from .batch_norm import freeze_stats
 from .optimizer import FriendlySAM
 from .sam import SAM
+from .second_pass import SecondPass
 from .state.flatten import FlatParameters, flatten_parameters
 from .step.distributed import clip_grad_norm_
 
@@ -11,6 +12,7 @@ __all__ = [
     "SAM",
     "FlatParameters",
     "FriendlySAM",
+    "SecondPass",
     "__version__",
     "clip_grad_norm_",
     "flatten_parameters",

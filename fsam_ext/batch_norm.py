@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def _puts_back(layer: nn.Module) -> bool:
+    """Whether a layer's buffers change in a forward pass and have no switch, so that they are put back afterwards."""
+    if isinstance(layer, _BatchNorm | _InstanceNorm):
+        return False
+    if isinstance(layer, torch.jit.ScriptModule | _SpectralNorm):
+        return True
+    if any(isinstance(hook, SpectralNorm) for hook in layer._forward_pre_hooks.values()):
+        return True
+    return not _STATISTICS.isdisjoint(name for name, _ in layer.named_buffers(recurse=False))
+
+
+def _changing(layers: Iterable[nn.Module]) -> list[Tensor]:
+    return [buffer for layer in layers if _puts_back(layer) for buffer in layer.buffers(recurse=False)]
 
 
 @contextmanager
@@ -18,10 +38,11 @@ def freeze_stats(model: nn.Module) -> Iterator[None]:
     normalise with the statistics of the batch, so gradients are the same with and without the block. For BatchNorm it
     switches ``track_running_stats`` and nothing else: setting ``momentum`` to 0 would still count the batch, and breaks
     layers whose ``momentum`` is None. InstanceNorm ignores that switch while it trains, so its statistics are taken
-    away for the time of the block.
+    away for the time of the block. Where there is no switch (scripted and traced modules, spectral norm, normalisation
+    layers of other packages), the buffers get their values back when the block ends.
 
     Args:
-        model: every BatchNorm, SyncBatchNorm and InstanceNorm layer in it is frozen, those in eval mode excepted.
+        model: every layer in it with running statistics is frozen, those in eval mode excepted.
 
     Example::
 
@@ -36,6 +57,7 @@ def freeze_stats(model: nn.Module) -> Iterator[None]:
     statistics = [
         (layer, layer.running_mean, layer.running_var) for layer in tracking if isinstance(layer, _InstanceNorm)
     ]
+    kept = [(buffer, buffer.clone()) for buffer in _changing(layer for layer in model.modules() if layer.training)]
     try:
         for layer in tracking:
             layer.track_running_stats = False
@@ -47,3 +69,6 @@ def freeze_stats(model: nn.Module) -> Iterator[None]:
             layer.track_running_stats = True
         for layer, mean, variance in statistics:
             layer.running_mean, layer.running_var = mean, variance
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)

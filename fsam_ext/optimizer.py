@@ -17,12 +17,12 @@ from .state.entries import asks_for_state
 from .state.flatten import REGISTRY
 from .state.keys import STEP
 from .stateful import StatefulOptimizer
-from .step import base_options, protocol
+from .step import base_options, closures, protocol
 from .step.accumulation import as_list, evaluate
-from .step.amp import Scaler
+from .step.amp import is_asked_by_torch, scaler_of
 from .step.base_update import base_of
 from .step.gradients import clear_flattened
-from .step.passes import Passes
+from .step.random_state import RandomState
 from .step.transaction import Stage
 
 # NOTE [steps are not compiled]
@@ -144,8 +144,7 @@ class FriendlySAM(StatefulOptimizer):
         self._base = base_of(base)
         with_base = base_options.with_base(groups, base.param_groups)
         super().__init__(with_base, options.defaults(base, own, layout))
-        self._options = options.Watched()
-        self._passes = Passes(self._base, self.backend, self.rounding_seed)
+        self._begin()
 
     @property
     def base_optimizer(self) -> FriendlySAM:
@@ -179,8 +178,9 @@ class FriendlySAM(StatefulOptimizer):
             del self.param_groups[count:]
             raise
 
-    # GradScaler.step then leaves unscaling and skipping to step(): see fsam_ext/step/amp.py.
-    _step_supports_amp_scaling = True
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return is_asked_by_torch()
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -201,8 +201,9 @@ class FriendlySAM(StatefulOptimizer):
         protocol.check_first_step(self._stage, self.schedule, self.param_groups[0][STEP])
         self._options.check(self.param_groups, self._base)
         self._passes.ascent_sync = self.ascent_sync
-        scaler = None if grad_scaler is None else Scaler(grad_scaler, self)
+        scaler = scaler_of(grad_scaler, self._itself())
         self._passes.ascend(self.param_groups, self.state, scaler)
+        self._progress.ascended()
         if zero_grad:
             self.zero_grad()
 
@@ -223,16 +224,25 @@ class FriendlySAM(StatefulOptimizer):
 
     @torch._disable_dynamo
     @torch.no_grad()
-    def step(self, closure: Callable[..., Any] | None = None, *, accumulate: Iterable[Any] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[..., Any] | None = None,
+        *,
+        accumulate: Iterable[Any] | None = None,
+        replay_rng: bool = False,
+    ) -> Any:
         """Makes or finishes one training step.
 
         Args:
             closure: computes the loss, calls backward and returns the loss. Without perturbed weights it is called
                 twice (once where the schedule has no ascent); after first_step() it is called once, for the second
-                pass. Gradients are cleared before each pass. If it raises, the weights are restored and the
-                exception goes on.
+                pass. Gradients are cleared before each pass; those that are there already are used where one
+                is enough and the closure makes none. If it raises, the weights are restored and the exception goes on.
+                If its second call returns None and the first one did not, the step is given up: some frameworks say so
+                that a gradient overflowed.
             accumulate: micro-batches. The closure is then called as ``closure(batch)`` for each of them in both passes,
                 and should divide its loss by their number; the losses are summed.
+            replay_rng: draw the same random numbers in both passes, so that dropout has the same masks.
 
         Returns:
             The closure's first loss: the one at the unperturbed weights (after first_step(): the perturbed one).
@@ -244,15 +254,16 @@ class FriendlySAM(StatefulOptimizer):
             TypeError, ValueError: ``accumulate`` without a closure, or empty.
         """
         try:
-            loss = self._step(closure, accumulate)
+            loss = self._step(closure, accumulate, replay_rng)
         except BaseException:
             for name in ("grad_scale", "found_inf"):  # GradScaler.step removes them only where nothing is raised
                 self.__dict__.pop(name, None)
             raise
+        self._progress.stepped()
         self._passes.warn()
         return loss
 
-    def _step(self, closure: Callable[..., Any] | None, accumulate: Iterable[Any] | None) -> Any:
+    def _step(self, closure: Callable[..., Any] | None, accumulate: Iterable[Any] | None, replay: bool) -> Any:
         passes, scaled = self._passes, hasattr(self, "found_inf")  # GradScaler.step sets it for the time of the call
         if closure is None and self._stage is Stage.CLEAN and asks_for_state(self.state, self.param_groups):
             return passes.make_state(self.param_groups, self.state)
@@ -261,23 +272,36 @@ class FriendlySAM(StatefulOptimizer):
         scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self._options.check(self.param_groups, self._base)
         try:
-            loss = None if closure is None else self._evaluate(torch.enable_grad()(partial(evaluate, closure, batches)))
-            passes.finish(self.param_groups, self.state, scaling)
+            loss, goes_on = None, True
+            if closure is not None:
+                loss, goes_on = self._evaluate(torch.enable_grad()(partial(evaluate, closure, batches)), replay)
+            else:
+                protocol.check_gradients(passes.transaction.has_perturbed, self.param_groups, passes.backward_count)
+            if goes_on:
+                passes.finish(self.param_groups, self.state, scaling)
+            else:
+                passes.give_up(self.param_groups)
         except BaseException:
             if closure is not None or self._stage is Stage.UPDATING:  # else the user finishes the step, or restores
                 passes.give_up(self.param_groups)
             raise
         return loss
 
-    def _evaluate(self, evaluate_pass: Callable[[], Any]) -> Any:
-        """The passes of a closure: what is left of this step's two, or the one of a step without an ascent."""
-        first = self._stage is Stage.CLEAN
-        self.zero_grad()
-        loss = evaluate_pass()
-        if first and self.ascends:
-            self.first_step(zero_grad=True)
-            evaluate_pass()
-        return loss
+    def _evaluate(self, evaluate_pass: Callable[[], Any], replay: bool) -> tuple[Any, bool]:
+        """The passes of a closure, what is left of this step's two: (its first loss, whether the step goes on)."""
+        passes = self._passes
+        params = [param for group in self.param_groups for param in group["params"]]
+        aside = closures.SetAside(params, passes.backward_count, self.zero_grad)
+        if self._stage is not Stage.CLEAN or not self.ascends:
+            return closures.one_pass(evaluate_pass, aside, passes.warn_once), True
+        state = RandomState(params) if replay else None
+        loss = closures.first_pass(evaluate_pass, aside, passes.warn_once)
+        self.first_step(zero_grad=True)
+        if state is not None:
+            state.replay()
+        with closures.with_a_graph_of_its_own():
+            second = evaluate_pass()
+        return loss, loss is None or second is not None
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -312,7 +336,8 @@ class FriendlySAM(StatefulOptimizer):
         open_already = self._stage is not Stage.CLEAN
         try:
             self.first_step(zero_grad=zero_grad, grad_scaler=grad_scaler)
-            yield
+            with closures.with_a_graph_of_its_own():
+                yield
             if self._stage is Stage.PERTURBED:  # otherwise the block has finished or given up the step itself
                 with torch.no_grad():
                     self._passes.restore_weights(self.param_groups)
@@ -339,13 +364,9 @@ class FriendlySAM(StatefulOptimizer):
             ``cosine``: of g and m before the ascent, NaN where one of them is zero; ``found_inf``: the ascent was
             not finite, nothing was perturbed. Where weights are rounded (16-bit parameters, ``forward_dtype``), over
             these: ``effective_norm``, of what rounding leaves of the perturbation, and ``effective_cosine``, of that
-            with the intended one. Of sharded parameters these two are about this rank's shards.
+            with the intended one: 0 where nothing is left, NaN where none was meant (``rho`` = 0). Of sharded
+            parameters these two are about this rank's shards.
 
-        Reading a value waits for the device; calling this does not.
-
-        Raises:
-            RuntimeError: there was no ascent yet.
+        Before the first ascent all are NaN. Reading a value waits for the device; calling this does not.
         """
-        if not self._passes.norm.totals:
-            raise RuntimeError("stats() was called before the first ascent; call first_step() or step(closure) first")
         return self._passes.stats()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 # A number of steps, or a function that is told the number of the step and says whether it is reached.
 Boundary = int | Callable[[int], bool] | None
@@ -53,6 +56,35 @@ class Schedule:
             f"{name}={getattr(self, name)!r}" for name in ("start", "end") if getattr(self, name) is not None
         ]
         return f"{', '.join(options)}; this is step {step}, counted from 0"
+
+
+class Progress:
+    """Counts steps and ascents of an optimizer; when the optimizer goes, warns where it never made one.
+
+    A schedule that never ascends is a plain run of the base optimizer, which nothing else tells from F-SAM.
+    """
+
+    def __init__(self, optimizer: Any, schedule: Schedule) -> None:
+        self._counts = {"steps": 0, "ascents": 0}
+        weakref.finalize(optimizer, _warn_of_no_ascent, self._counts, schedule)
+
+    def ascended(self) -> None:
+        """An ascent was made."""
+        self._counts["ascents"] += 1
+
+    def stepped(self) -> None:
+        """A step was made."""
+        self._counts["steps"] += 1
+
+
+def _warn_of_no_ascent(counts: dict[str, int], schedule: Schedule) -> None:
+    steps = counts["steps"]
+    if steps and not counts["ascents"] and schedule.start is not None:
+        warnings.warn(
+            f"{steps} steps were made and none had an ascent (start={schedule.start!r}, end={schedule.end!r}), so this "
+            "was the base optimizer alone; start earlier, or train longer",
+            stacklevel=2,
+        )
 
 
 def _reached(boundary: Boundary, step: int, otherwise: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from . import options
+from .schedule import Progress
 from .state import checkpoints
 from .state.entries import moved
 from .state.tensors import name_of
@@ -27,9 +29,17 @@ class StatefulOptimizer(Optimizer):
     _base: FusedBase | GenericBase
     _passes: Passes
 
+    def _begin(self) -> None:
+        """Sets up what no copy takes along."""
+        # Wrappers of frameworks borrow this class and pass on what they lack: what is set must be set here.
+        self._itself = weakref.ref(self)
+        self._options = options.Watched()
+        self._passes = Passes(self._base, self.backend, self.rounding_seed)
+        self._progress = Progress(self, self.schedule)
+
     @property
     def _stage(self) -> Stage:
-        passes = self.__dict__.get("_passes")  # there is none yet while the constructor adds the groups
+        passes = getattr(self, "_passes", None)  # there is none yet while the constructor adds the groups
         return Stage.CLEAN if passes is None else passes.transaction.stage
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,7 +80,7 @@ class StatefulOptimizer(Optimizer):
         options.check_loaded(translated["param_groups"], self.defaults, self._base)
         describe = partial(name_of, self.param_groups)
         state, groups = loading.read(self._base, translated, self.param_groups, describe)
-        self.__dict__.update(state=state, param_groups=groups)
+        self._itself().__dict__.update(state=state, param_groups=groups)
         self._passes.layout.forget()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -95,8 +105,7 @@ class StatefulOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._options = options.Watched()
-        self._passes = Passes(self._base, self.backend, self.rounding_seed)
+        self._begin()
 
     def __getattr__(self, name: str) -> Any:
         # Schedule-free optimizers: train() and eval() move the weights to where the next step, or a test, wants them.

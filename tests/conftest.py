@@ -33,6 +33,25 @@ def pytest_report_header(config):
     return f"fsam_ext: random inputs from --seed {config.fsam_seed}"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getoption("dist") == "loadgroup":
+        from .sharing import scheduler
+
+        return scheduler(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        from .sharing import place
+
+        items.sort(key=lambda item: place(item.nodeid))
+
+
 @pytest.fixture(autouse=True)
 def _seeded(request):
     torch.manual_seed(request.config.fsam_seed)
+    yield
+    if not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)  # for the tests that follow
+        pytest.fail("it leaves gradients switched off")

@@ -20,6 +20,7 @@ FLOORS = (
     ("options", "schedule", "batch_norm"),
     ("stateful",),
     ("optimizer", "sam"),
+    ("second_pass",),
     ("__init__",),
     ("info", "convert", "checkpoint"),
 )

@@ -264,15 +264,31 @@ def test_a_step_that_was_forgotten_is_refused_through_the_scaler_too():
         scaler.step(optimizer)
 
 
-@pytest.mark.parametrize("scaler", [GradScaler("cpu", enabled=False), "scaler"])
-def test_a_scaler_that_scales_nothing_is_refused(scaler):
+def test_what_is_no_scaler_is_refused():
     params, optimizer = make(SGD)
     before = [p.detach().clone() for p in params]
     set_gradients(params, gradients(1)[0][0])
-    with pytest.raises((TypeError, ValueError), match="grad_scaler (is disabled|must be)"):
-        optimizer.first_step(grad_scaler=scaler)
+    with pytest.raises(TypeError, match="grad_scaler must be a torch.amp.GradScaler, not str"):
+        optimizer.first_step(grad_scaler="scaler")
     assert all(map(identical, params, before))
     optimizer.first_step()  # nothing has begun
+
+
+def test_a_disabled_scaler_is_no_scaler():
+    """One path for GradScaler(enabled=use_amp)."""
+    scaler = GradScaler("cpu", enabled=False)
+    (params, optimizer), (others, plain) = make(SGD), make(SGD)
+    for first, second in gradients(3):
+        for half, other, grads in (
+            (lambda: optimizer.first_step(grad_scaler=scaler), plain.first_step, first),
+            (lambda: scaler.step(optimizer), plain.second_step, second),
+        ):
+            set_gradients(params, grads)
+            set_gradients(others, grads)
+            half()
+            other()
+        scaler.update()
+    assert all(map(identical, params, others))
 
 
 @pytest.mark.parametrize("cls", [FriendlySAM, SAM])

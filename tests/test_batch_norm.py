@@ -54,3 +54,43 @@ def test_restored_after_an_exception_and_eval_mode_is_left_alone():
         raise ZeroDivisionError
     assert [layer.track_running_stats for layer in model] == flags
     assert [id(buffer) for buffer in model.buffers()] == buffers
+
+
+class OtherNorm(nn.Module):
+    """A normalisation layer of another package: no subclass of torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(6))
+
+    def forward(self, x):
+        if self.training:
+            self.running_mean.lerp_(x.detach().mean(0), 0.1)
+        return x - x.mean(0)
+
+
+def normalised():
+    return nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+
+
+WITHOUT_A_SWITCH = {
+    "scripted": lambda: torch.jit.script(normalised()),
+    "traced": lambda: torch.jit.trace(normalised(), torch.randn(4, 6), check_trace=False),
+    "compiled": lambda: torch.compile(normalised(), backend="eager"),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)),
+    "spectral norm, the older one": lambda: nn.utils.spectral_norm(nn.Linear(6, 6)),
+    "of another package": lambda: nn.Sequential(nn.Linear(6, 6), OtherNorm()),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", WITHOUT_A_SWITCH)
+def test_layers_without_a_switch_get_their_buffers_back(name):
+    model = WITHOUT_A_SWITCH[name]()
+    model(torch.randn(8, 6))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with freeze_stats(model):
+        model(torch.randn(8, 6) + 1).sum().backward()
+    assert before and all(identical(buffer, before[name]) for name, buffer in model.named_buffers())
+    model(torch.randn(8, 6) + 1)
+    assert not all(identical(buffer, before[name]) for name, buffer in model.named_buffers())

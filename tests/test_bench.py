@@ -76,8 +76,8 @@ def test_bytes_per_parameter_are_those_of_the_three_passes(bench, dtype, base, e
 
 def test_bytes_per_parameter_with_masters_and_averages_of_fewer_bits(bench):
     moved, bf16 = bench("peers").bytes_per_parameter, torch.bfloat16
-    # Pass A: g, m. Pass B: g, m, master, and m, w'. Pass C: g, master, momentum, and master, momentum, w.
-    assert moved(bf16, "sgd", True) == (2 + 4) + (2 + 4 + 4 + 4 + 2) + (2 + 4 + 4 + 4 + 4 + 2)
+    # Pass A: g, m. Pass B: g, m, w, master, and m, w'. Pass C: g, master, momentum, and master, momentum, w.
+    assert moved(bf16, "sgd", True) == (2 + 4) + (2 + 4 + 2 + 4 + 4 + 2) + (2 + 4 + 4 + 4 + 4 + 2)
     assert moved(bf16, "sgd", True, bf16) == moved(bf16, "sgd", True) - 3 * 2
     assert moved(torch.float32, "adamw", False, torch.int8) == 60 - 3 * (4 - 1 - 4 / 128)
 

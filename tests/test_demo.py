@@ -301,7 +301,7 @@ def test_interrupt_inside_a_step_resumes_bit_for_bit(method, base, at, tmp_path,
         nonlocal calls
         calls += module.training
         if module.training and calls == fatal_call:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     trainer.model.register_forward_pre_hook(interrupt_in_forward)
     cut = tmp_path / "cut.pt"
@@ -328,7 +328,7 @@ def test_interrupt_during_the_eigenvalue_keeps_the_training(tmp_path, monkeypatc
     eigenvalue = training.top_hessian_eigenvalue
 
     def interrupted(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         return eigenvalue(*args, **kwargs)
 
     path = tmp_path / "run.pt"
@@ -348,9 +348,9 @@ def test_a_second_interrupt_does_not_wait():
     from training import DeferredInterrupt
 
     with pytest.raises(KeyboardInterrupt), DeferredInterrupt() as interrupt:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert interrupt.requested
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

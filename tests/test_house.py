@@ -38,6 +38,6 @@ def test_a_circle_and_an_arrow_that_runs_up_are_noticed():
 
 
 def test_all_imports_are_seen(modules):
-    assert "step.passes" in modules["optimizer"].imports
+    assert "step.passes" in modules["stateful"].imports
     assert "backends.ops" in modules["backends.reference"].imports
     assert modules["info"].imports >= {"backends.__init__", "step.held", "_library"}

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from fsam_ext import FriendlySAM
 from fsam_ext.step.transaction import Journal, Transaction
 
-from .interrupts import CASES, Injector, each_line_once, every_line, failures
+from .interrupts import CASES, Injector, each_line_once, every_line, failures, interrupted_at
 
 # Cold steps lay out state, warm ones do not: each case once, the commonest both ways.
 QUICK = [(name, 1) for name in CASES] + [(name, 0) for name in ("AdamW closure", "SGD", "int8 average", "flattened")]
@@ -86,6 +86,7 @@ def alarms():
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
     torch.set_num_threads(threads)
+    torch.set_grad_enabled(True)  # a signal may come while torch.no_grad ends, too
 
 
 def large(dtypes=(torch.float32, torch.float32, torch.float64)):
@@ -148,6 +149,50 @@ def test_a_storm_of_signals(alarms):
         optimizer.restore()
         assert all(map(torch.equal, before, params))
     assert hits > 5
+
+
+# ---- State at rest ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", (torch.optim.AdamW, torch.optim.NAdam))
+@pytest.mark.parametrize("what", ("load", "move"))
+def test_an_interrupt_while_state_is_loaded_or_moved(base, what):
+    """Loaded wholly or not at all; and state that was moved in part is state all the same."""
+
+    def trained(steps):
+        params = [Parameter(torch.linspace(-1, 1, n)) for n in (5, 1)]
+        optimizer = FriendlySAM(params, base, lr=0.1)
+        for number in range(steps):
+            train(params, optimizer, number)
+        return params, optimizer
+
+    def train(params, optimizer, number):
+        for half in (optimizer.first_step, optimizer.second_step):
+            for param in params:
+                param.grad = (param.detach() - number).sin()
+            half()
+
+    def values(optimizer):
+        groups = [{**group, "params": None} for group in optimizer.param_groups]
+        return groups, [[value.tolist() for value in entry.values()] for entry in optimizer.state.values()]
+
+    saved = trained(3)[1].state_dict()
+    lines: list[tuple[str, int]] = []
+    params, optimizer = trained(1)
+    with interrupted_at(-1, lines):
+        optimizer.load_state_dict(saved) if what == "load" else optimizer.move_state("cpu")
+    choices = [values(trained(1)[1]), values(optimizer)]
+    for number in each_line_once(lines):
+        params, optimizer = trained(1)
+        with suppress(KeyboardInterrupt), interrupted_at(number):
+            optimizer.load_state_dict(saved) if what == "load" else optimizer.move_state("cpu")
+        assert values(optimizer) in choices
+        twin = [Parameter(param.detach().clone()) for param in params]
+        other = FriendlySAM(twin, base, lr=0.1)
+        other.load_state_dict(optimizer.state_dict())
+        train(params, optimizer, 9)
+        train(twin, other, 9)
+        assert all(map(torch.equal, params, twin))
 
 
 # ---- Warnings that are errors ----------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Call:
         self.corrections = torch.full((len(params), 2), 0.3, dtype=inputs.state_dtype, device=device)
         self.scale = torch.tensor(3.0, device=device)
 
-    def run(self, backend: Any, op: str, rounding: Tensor | None = None) -> None:
+    def run(self, backend: Any, op: str, rounding: Tensor | None = None, adopts: bool = False) -> None:
         average, first, second = self.state
         if op in ("perturb", "perturb_adaptive"):
             options = (0.3, None, 0.8, 0.9, 1e-12, op != "perturb", False, True, 0, None)
@@ -61,11 +61,11 @@ class Call:
         elif op == "restore":
             ops.restore(backend, self.params, self.where[2], self.backup)
         elif op == "restore_sgd":
-            rest = (self.stats, self.scale, self.found_inf, 0.05, None, 0.9, 0.1, 0.1, True, False, rounding)
+            rest = (self.stats, self.scale, self.found_inf, 0.05, None, 0.9, 0.1, 0.1, True, False, rounding, adopts)
             ops.restore_sgd(backend, *self.where, self.backup, average, *rest)
         else:
             numbers = (0.05, None, 0.9, 0.99, 1e-8, 0.1, True, False)
-            rest = (self.corrections, self.stats, self.scale, self.found_inf, *numbers, rounding)
+            rest = (self.corrections, self.stats, self.scale, self.found_inf, *numbers, rounding, adopts)
             ops.restore_adam(backend, *self.where, self.backup, first, second, *rest)
 
 
@@ -81,13 +81,17 @@ def like(tensors: list[Tensor], values: list[Tensor], dtype: torch.dtype) -> lis
 @HALF
 @pytest.mark.parametrize("op", ["perturb", "perturb_adaptive", "restore", *UPDATES])
 def test_with_masters_parameters_are_those_of_float32_rounded(backend, layout, dtype, op):
-    """Bit for bit: float32 parameters that hold the masters take the same step, whatever the parameters are."""
+    """Bit for bit: float32 parameters that hold the masters take the same step.
+
+    In pass C parameters are perturbed, and do not matter.
+    """
     backend, device = backend
     inputs = Inputs(layout, dtype, device)
     masters = inputs.masters()
     wide = like(inputs.params, slices(masters, inputs), torch.float32)
-    for param in inputs.params:
-        param.fill_(math.nan)
+    if not op.startswith("perturb"):
+        for param in inputs.params:
+            param.fill_(math.nan)
     mine = Call(inputs, inputs.params, inputs.grads, masters)
     float32 = Call(inputs, wide, like(inputs.params, inputs.grads, torch.float32), masters.clone())
     float32.state = copied(mine.state)
@@ -114,9 +118,9 @@ def test_a_skipped_step_leaves_masters(backend, layout, dtype, op):
     inputs = Inputs(layout, dtype, device)
     masters = inputs.masters()
     rounded = copied(inputs.params)
-    for param in inputs.params:
-        param.fill_(7.0)
-    untouched = copied(inputs.params)
+    if op != "perturb":
+        for param in inputs.params:
+            param.fill_(7.0)
     call = Call(inputs, inputs.params, inputs.grads, masters)
     if op == "restore_sgd":
         call.found_inf.fill_(1.0)
@@ -129,7 +133,97 @@ def test_a_skipped_step_leaves_masters(backend, layout, dtype, op):
     call.run(backend, op)
 
     assert all(map(identical, [masters, *call.state], before))
-    assert all(map(identical, inputs.params, untouched if op == "perturb" else rounded))
+    assert all(map(identical, inputs.params, rounded))
+
+
+def written_by_others(inputs: Inputs, masters: Tensor) -> Tensor:
+    """Writes into some parameters, other values and their own; returns what the masters become, NaN aside.
+
+    Some masters are NaN before, of odd bits, some with parameters that are NaN of other bits.
+    """
+    expected = masters.clone()
+    for param, master, after in zip(inputs.params, slices(masters, inputs), slices(expected, inputs), strict=True):
+        kind = torch.randint(0, 40, param.shape, device=param.device)
+        odd = torch.tensor(0x7FC12345, dtype=torch.int32, device=param.device).view(torch.float32)
+        master.copy_(torch.where((kind == 1) | (kind == 2), odd, torch.where(kind == 3, -1e-30, master)))
+        param.copy_(master)
+        values = {2: 0.5, 3: 0.0, 4: math.nan, 5: math.inf, 6: -0.0, 7: torch.finfo(param.dtype).smallest_normal / 4}
+        for number, value in values.items():
+            param.masked_fill_(kind == number, value)
+        param.copy_(torch.where(kind > 30, torch.randn_like(param), param))  # and the others are what they were
+        copy = master.to(param.dtype)
+        after.copy_(torch.where((copy == param) | (copy.isnan() & param.isnan()), master, param.float()))
+    return expected
+
+
+def identical_but_nan(a: Tensor, b: Tensor) -> bool:
+    """The same bits, but that a NaN may have any."""
+    return torch.equal(a.isnan(), b.isnan()) and identical(
+        a.nan_to_num(0.0, math.inf, -math.inf), b.nan_to_num(0.0, math.inf, -math.inf)
+    )
+
+
+@EVERY_LAYOUT
+@HALF
+@pytest.mark.parametrize("op", ["perturb", "perturb_adaptive", *UPDATES])
+def test_what_others_wrote_into_parameters_becomes_the_masters(backend, layout, dtype, op):
+    """Bit for bit what comes out where the masters have been told."""
+    backend, device = backend
+    inputs = Inputs(layout, dtype, device)
+    masters = inputs.masters()
+    expected = written_by_others(inputs, masters)
+    told = expected.clone()
+    mine = Call(inputs, inputs.params, inputs.grads, masters)
+    other = Call(inputs, like(inputs.params, slices(told, inputs), dtype), inputs.grads, told)
+    other.state = copied(mine.state)
+    room = outside(masters, inputs).clone()
+
+    mine.run(backend, op, adopts=True)
+    other.run(backend, op)
+
+    assert all(map(identical_but_nan, inputs.params, other.params))
+    assert all(map(identical_but_nan, [masters, *mine.state], [told, *other.state]))
+    assert identical(outside(masters, inputs), room), "wrote outside its slices"
+    if op not in UPDATES:
+        assert identical_but_nan(masters, expected)
+
+
+@EVERY_LAYOUT
+@HALF
+@pytest.mark.parametrize("op", ["perturb", *UPDATES])
+def test_what_others_wrote_outlives_a_skipped_step(backend, layout, dtype, op):
+    """Parameters keep their bits and masters adopt them; a NaN that is the copy of a NaN leaves it its bits."""
+    backend, device = backend
+    inputs = Inputs(layout, dtype, device)
+    masters = inputs.masters()
+    expected = written_by_others(inputs, masters)
+    kept = masters.isnan() & expected.isnan()
+    before, odd = copied(inputs.params), masters[kept].clone()
+    call = Call(inputs, inputs.params, inputs.grads, masters)
+    call.stats[0] = math.nan if op == "restore_sgd" else call.stats[0]
+    call.stats[0] = math.inf if op == "perturb" else call.stats[0]
+    call.found_inf.fill_(op == "restore_adam")
+    state = copied(call.state)
+
+    call.run(backend, op, adopts=True)
+
+    assert all(map(identical, inputs.params, before)) and all(map(identical, call.state, state))
+    assert identical_but_nan(masters, expected) and identical(masters[kept], odd)
+
+
+@HALF
+@pytest.mark.parametrize("op", UPDATES)
+@pytest.mark.parametrize("with_backup", [True, False])
+def test_without_masters_nothing_is_adopted(backend, dtype, op, with_backup):
+    backend, device = backend
+    inputs = Inputs("odd", dtype, device)
+    backup = inputs.flat(dtype=dtype) if with_backup else None
+    calls = [Call(inputs, copied(inputs.params), inputs.grads, copied(backup)) for _ in range(2)]
+    calls[1].state = copied(calls[0].state)
+    for adopts, call in enumerate(calls):
+        call.run(backend, op, adopts=bool(adopts))
+    for one, other in zip(*([*call.params, *call.state, *([backup] if with_backup else [])] for call in calls)):
+        assert identical(one, other)
 
 
 # ---- Stochastic rounding ---------------------------------------------------------------------------------------------

@@ -41,12 +41,12 @@ def calls(inputs: Inputs) -> dict[str, tuple]:
         "restore": (params, offsets, backup),
         "restore_sgd": (
             *(params, grads, offsets, backup, flat(), stats, scale, None),
-            *(0.1, None, 0.9, 0.0, 0.0, True, False, None, journal),
+            *(0.1, None, 0.9, 0.0, 0.0, True, False, None, False, journal),
         ),
         "count_steps": (steps, index, corrections, stats, None, 0.1, scale, 0.9, 0.99, journal),
         "restore_adam": (
             *(params, grads, offsets, backup, flat(), flat().square_(), corrections, stats, None, scale),
-            *(0.1, scale, 0.9, 0.99, 1e-8, 0.0, True, False, None, journal),
+            *(0.1, scale, 0.9, 0.99, 1e-8, 0.0, True, False, None, False, journal),
         ),
     }
 
@@ -63,7 +63,7 @@ def mixed_calls(inputs: Inputs, stored: torch.dtype) -> dict[str, tuple]:
         "restore": {"backup": masters},
         "restore_sgd": {"rounding": rounding},
         "count_steps": {},
-        "restore_adam": {"backup": masters},
+        "restore_adam": {"backup": masters, "adopts": True},
     }
     plain = calls(inputs)
     return {op: replaced(op, plain[op], copied(changed[op])) for op in plain}

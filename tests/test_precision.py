@@ -406,6 +406,33 @@ def test_the_effective_perturbation_under_autocast():
         optimizer.second_step()
 
 
+@pytest.mark.parametrize("options", [{}, {"adaptive": True}], ids=["sam", "adaptive"])
+@pytest.mark.parametrize(
+    "dtype,forward", [(torch.bfloat16, None), (torch.float16, None), (torch.float32, torch.bfloat16)]
+)
+def test_a_perturbation_that_rounding_swallows_wholly_has_a_cosine_of_zero(dtype, forward, options):
+    p = nn.Parameter(torch.ones(5000, dtype=dtype))
+    optimizer = SAM([p], SGD, rho=1e-3, lr=0.0, forward_dtype=forward, **options)
+    p.grad = torch.ones_like(p)
+    optimizer.first_step()
+    assert optimizer.stats()["effective_norm"] == 0 and optimizer.stats()["effective_cosine"] == 0
+    p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match="the cosine of what is left with what was meant is 0.00"):
+        optimizer.second_step()
+
+
+@pytest.mark.parametrize("dtype,forward", [(torch.bfloat16, None), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("rho,gradient", [(0.0, 1.0), (0.1, 0.0), (0.1, torch.inf)])
+@pytest.mark.filterwarnings("error")
+def test_where_no_perturbation_is_meant_there_is_no_cosine_and_no_warning(dtype, forward, rho, gradient):
+    p = nn.Parameter(torch.ones(3000, dtype=dtype))
+    optimizer = SAM([p], SGD, rho=rho, lr=0.0, forward_dtype=forward)
+    for half in (optimizer.first_step, optimizer.second_step):
+        p.grad = torch.full_like(p, gradient)
+        half()
+    assert optimizer.stats()["effective_norm"] == 0 and optimizer.stats()["effective_cosine"].isnan()
+
+
 def test_no_effect_is_counted_where_nothing_is_rounded():
     params = [nn.Parameter(torch.randn(50))]
     optimizer = SAM(params, SGD, lr=0.1)

@@ -55,6 +55,8 @@ VARIANTS = [
     ("update_ema", "bfloat16", "int8"),
     ("restore", "bfloat16", "masters"),
     ("restore_sgd", "bfloat16", "masters"),
+    ("restore_sgd", "float16", "adopts"),
+    ("restore_adam", "bfloat16", "adopts"),
     ("restore_sgd", "float16", "rounding"),
     ("restore_adam", "bfloat16", "rounding"),
 ]

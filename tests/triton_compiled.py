@@ -27,17 +27,18 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 NAMES = (*ops.NAMES, "sum_partials")
 ASCENT = ("noise_norm", "perturb", "update_ema")  # whose m is the average
 
-# What a kernel may be compiled for beside the plain case: no average or one in another dtype, masters, stochastic
-# rounding, and the sums that tell the effect of a perturbation.
+# What a kernel may be compiled for beside the plain case: no average or one in another dtype, masters (which an update
+# may have adopt what others wrote), stochastic rounding, and the sums that tell the effect of a perturbation.
 VARIANTS = {
     "noise_norm": ("none", "bfloat16", "int8"),
     "perturb": ("none", "bfloat16", "int8", "masters", "effect"),
     "update_ema": ("bfloat16", "int8"),
     "restore": ("masters",),
-    "restore_sgd": ("masters", "rounding"),
-    "restore_adam": ("masters", "rounding"),
+    "restore_sgd": ("masters", "adopts", "rounding"),
+    "restore_adam": ("masters", "adopts", "rounding"),
 }
-OF_HALVES = ("masters", "rounding")  # only 16-bit parameters have these
+OF_MASTERS = ("masters", "adopts")
+OF_HALVES = (*OF_MASTERS, "rounding")  # only 16-bit parameters have these
 SMALL = ("count_steps", "sum_partials")  # touch small tensors only, in the dtype of the state
 
 # Tensors that a pass reads and writes at full length: w, g, the backup b; state m (the average or a momentum) and v.
@@ -57,18 +58,20 @@ WRITES = {
     "restore_sgd": "wm",
     "restore_adam": "wmv",
 }
-# Masters are where the ascent starts from, and what the updates write.
-READS_OF_MASTERS = {"perturb": "bgm"}
+# Masters are where the ascent starts from, once they have adopted w (and those that change are written one by one), and
+# what the updates write.
+READS_OF_MASTERS = {"perturb": "wbgm"}
 WRITES_OF_MASTERS = {"perturb": "wm", "restore_sgd": "wbm", "restore_adam": "wbmv"}
 
 
 def reads(name: str, variant: str) -> str:
-    tensors = READS_OF_MASTERS.get(name, READS[name]) if variant == "masters" else READS.get(name, "")
+    tensors = READS_OF_MASTERS.get(name, READS[name]) if variant in OF_MASTERS else READS.get(name, "")
+    tensors += "w" if variant == "adopts" else ""
     return tensors.replace("m", "") if variant == "none" else tensors
 
 
 def writes(name: str, variant: str) -> str:
-    tensors = WRITES_OF_MASTERS.get(name, WRITES[name]) if variant == "masters" else WRITES.get(name, "")
+    tensors = WRITES_OF_MASTERS.get(name, WRITES[name]) if variant in OF_MASTERS else WRITES.get(name, "")
     return tensors.replace("m", "") if variant == "none" else tensors
 
 
@@ -77,7 +80,7 @@ def tensor_dtypes(name: str, dtype: str, variant: str) -> dict[str, torch.dtype]
     stored = getattr(torch, dtype)
     state = ops.compute_dtype(stored)
     average = getattr(torch, variant) if name in ASCENT and variant in ("bfloat16", "int8") else state
-    return {"w": stored, "g": stored, "b": state if variant == "masters" else stored, "m": average, "v": state}
+    return {"w": stored, "g": stored, "b": state if variant in OF_MASTERS else stored, "m": average, "v": state}
 
 
 def arguments(op: str, dtype: str, variant: str, table: bool) -> tuple:
@@ -106,11 +109,29 @@ def arguments(op: str, dtype: str, variant: str, table: bool) -> tuple:
         ),
         "update_ema": (*rows, average, scale, stats, None, None, 0.9),
         "restore": (params, offsets, backup),
-        "restore_sgd": (*(*rows, backup, first, stats, None, None, 0.1, None, 0.9, 0.0, 0.01, False, False, rounding),),
+        "restore_sgd": (
+            *(
+                *rows,
+                backup,
+                first,
+                stats,
+                None,
+                None,
+                0.1,
+                None,
+                0.9,
+                0.0,
+                0.01,
+                False,
+                False,
+                rounding,
+                variant == "adopts",
+            ),
+        ),
         "count_steps": (torch.zeros(2), torch.arange(len(shapes)), corrections, stats, None, *adam),
         "restore_adam": (
             *(*rows, backup, first, second, corrections, stats, None, None, *adam, 1e-8, 0.01),
-            *(False, False, rounding),
+            *(False, False, rounding, variant == "adopts"),
         ),
     }[op]
 

@@ -61,6 +61,12 @@ def main_loop_lines(folder: Path = SOURCES) -> dict[str, set[int]]:
     return found
 
 
+def one_by_one_lines(folder: Path = SOURCES) -> dict[str, set[int]]:
+    """The lines through which masters adopt weights of others, which are rare: in a main loop, but no part of it."""
+    text = (folder / "masters.cuh").read_text().splitlines()
+    return {"masters.cuh": {number for number, line in enumerate(text, 1) if "[i]" in line}}
+
+
 _SOURCE = re.compile(r'([\w.]+)", line (\d+)')
 
 

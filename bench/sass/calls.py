@@ -68,7 +68,7 @@ DEFAULTS = {
     "momentum": 0.9, "dampening": 0.0, "weight_decay": 1e-4, "nesterov": False, "maximize": False,
     "beta1": 0.9, "beta2": 0.999, "decoupled": True,
     "grad_scale": number(1.0), "found_inf": number(0.0), "rho": number(0.05), "lr": number(0.1),
-    "master": 0, "effect": 0, "rounding": 0,
+    "master": 0, "effect": 0, "rounding": 0, "adopts": False,
 }  # fmt: skip
 
 

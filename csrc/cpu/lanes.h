@@ -281,6 +281,17 @@ FSAM_FN Packed<T> narrow_stochastically(lanes_t<T> x, Lanes<uint32_t> random) {
   }
 }
 
+// Whether two groups of integers are the same.
+template <class T>
+FSAM_FN bool same_bits(const Packed<T>& a, const Packed<T>& b) {
+  auto different = a.part[0] ^ b.part[0];
+  for (int k = 1; k < kParts; ++k) different |= a.part[k] ^ b.part[k];
+  uint64_t words[sizeof different / 8], any = 0;
+  memcpy(words, &different, sizeof different);
+  for (const uint64_t word : words) any |= word;
+  return any == 0;
+}
+
 // A store that does not read its line into the cache first. The caller fences once it is done.
 template <class Part>
 FSAM_FN void stream_part(void* to, const Part& part) {

@@ -102,8 +102,22 @@ FSAM_FN lanes_t<T> seen(const Packed<T>& stored, Forward forward) {
   return x;
 }
 
+// The masters of a group of weights, which are brought up to date in memory where the weights are others':
+// NOTE [masters adopt].
+template <class T, class Access>
+FSAM_FN lanes_t<T> adopted_masters(Access access, const T* w, compute_t<T>* master) {
+  using S = compute_t<T>;
+  const lanes_t<T> found = widen<S>(access.load(master));
+  const Packed<T> rounded = narrow<T>(found), weight = access.load(w);
+  if (same_bits(rounded, weight)) [[likely]]
+    return found;
+  const lanes_t<T> fresh = adopted(found, widen<T>(rounded), widen<T>(weight));
+  access.store(master, narrow<S>(fresh));
+  return fresh;
+}
+
 template <class T, class M, bool kMaster, bool kEffect>
-void perturb(T* w, const T* g, const AverageSlice<M>& ema, T* backup, const compute_t<T>* master, int64_t n,
+void perturb(T* w, const T* g, const AverageSlice<M>& ema, T* backup, compute_t<T>* master, int64_t n,
              const AscentScalars<compute_t<T>>& scalars, bool feeds, Forward forward, compute_t<T>* out, bool stream) {
   using V = lanes_t<T>;
   using S = compute_t<T>;
@@ -114,7 +128,7 @@ void perturb(T* w, const T* g, const AverageSlice<M>& ema, T* backup, const comp
         Packed<T> before;
         V start;
         if constexpr (kMaster) {
-          start = widen<S>(access.load(master + i));
+          start = adopted_masters(access, w + i, master + i);
           before = narrow<T>(start);
         } else {
           before = access.load(w + i);
@@ -152,12 +166,18 @@ void restore_master(T* w, const compute_t<T>* master, int64_t n) {
   for_lanes<T>(n, FSAM_BODY { access.store(w + i, narrow<T>(widen<compute_t<T>>(access.load(master + i)))); });
 }
 
+template <class T>
+void adopt(const T* w, compute_t<T>* master, int64_t n) {
+  for_lanes<T>(n, FSAM_BODY { adopted_masters(access, w + i, master + i); });
+}
+
 // Where pass C takes a weight from and how it gives it back.
 template <class T, bool kMaster, bool kStochastic>
 struct Weights {
   T* w;
   const T* from;
   compute_t<T>* master;
+  bool adopts;
   int64_t at;
   uint32_t key;
   bool stream;
@@ -165,6 +185,7 @@ struct Weights {
   template <class Access>
   FSAM_FN lanes_t<T> load(int64_t i, Access access) const {
     if constexpr (kMaster) {
+      if (adopts) return adopted_masters(access, w + i, master + i);
       return widen<compute_t<T>>(access.load(master + i));
     } else {
       return widen<T>(access.load(from + i));
@@ -248,15 +269,15 @@ FSAM_FN bool aligned(const void* p) {
 
 // Calls call(weights) with the Weights that these pointers and this rounding ask for. Only 16-bit weights are rounded.
 template <class T, class Call>
-FSAM_FN void choose_weights(T* w, const T* backup, compute_t<T>* master, int64_t at, Rounding rounding, bool stream,
-                            const Call& call) {
+FSAM_FN void choose_weights(T* w, const T* backup, compute_t<T>* master, bool adopts, int64_t at, Rounding rounding,
+                            bool stream, const Call& call) {
   const T* from = backup ? backup : w;
   stream = stream && aligned(w);
   if constexpr (sizeof(T) == 2) {
-    if (master) return call(Weights<T, true, false>{w, from, master, at, 0, stream});
-    if (rounding.stochastic) return call(Weights<T, false, true>{w, from, nullptr, at, rounding.key, stream});
+    if (master) return call(Weights<T, true, false>{w, from, master, adopts, at, 0, stream});
+    if (rounding.stochastic) return call(Weights<T, false, true>{w, from, nullptr, false, at, rounding.key, stream});
   }
-  call(Weights<T, false, false>{w, from, nullptr, at, 0, stream});
+  call(Weights<T, false, false>{w, from, nullptr, false, at, 0, stream});
 }
 
 template <class T>
@@ -269,8 +290,8 @@ constexpr LeafLoops<T> leaf_loops() {
           noise_norm<T, M>(w, g, slice_of<M>(ema, at), n, s, out);
         });
       },
-      [](T* w, const T* g, const Average& ema, T* backup, const S* master, int64_t at, int64_t n,
-         const AscentScalars<S>& s, bool feeds, Forward forward, S* effect, bool stream) {
+      [](T* w, const T* g, const Average& ema, T* backup, S* master, int64_t at, int64_t n, const AscentScalars<S>& s,
+         bool feeds, Forward forward, S* effect, bool stream) {
         choose_average<S>(ema.storage, [&](auto m) {
           using M = typename decltype(m)::type;
           const AverageSlice<M> average = slice_of<M>(ema, at);
@@ -293,16 +314,19 @@ constexpr LeafLoops<T> leaf_loops() {
         });
       },
       [](T* w, const S* master, int64_t n) { restore_master<T>(w, master, n); },
-      [](T* w, const T* g, const T* backup, S* master, S* momentum_buffer, int64_t at, int64_t n,
+      [](const T* w, S* master, int64_t n) {
+        if constexpr (sizeof(T) == 2) adopt<T>(w, master, n);
+      },
+      [](T* w, const T* g, const T* backup, S* master, bool adopts, S* momentum_buffer, int64_t at, int64_t n,
          const SgdScalars<S>& s, Rounding rounding, bool stream) {
-        choose_weights<T>(w, backup, master, at, rounding, stream, [&](const auto& where) {
+        choose_weights<T>(w, backup, master, adopts, at, rounding, stream, [&](const auto& where) {
           choose_bool(momentum_buffer != nullptr,
                       [&](auto m) { restore_sgd<T, m.value>(where, g, momentum_buffer, n, s); });
         });
       },
-      [](T* w, const T* g, const T* backup, S* master, S* exp_avg, S* exp_avg_sq, int64_t at, int64_t n,
+      [](T* w, const T* g, const T* backup, S* master, bool adopts, S* exp_avg, S* exp_avg_sq, int64_t at, int64_t n,
          const AdamScalars<S>& s, const BiasCorrection<S>& correction, Rounding rounding, bool stream) {
-        choose_weights<T>(w, backup, master, at, rounding, stream,
+        choose_weights<T>(w, backup, master, adopts, at, rounding, stream,
                           [&](const auto& where) { restore_adam<T>(where, g, exp_avg, exp_avg_sq, n, s, correction); });
       },
   };

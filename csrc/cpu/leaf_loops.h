@@ -27,18 +27,21 @@ struct LeafLoops {
   void (*noise_norm)(const T* w, const T* g, const Average& ema, int64_t at, int64_t n, const AscentScalars<S>&,
                      S* out);
   // w = the perturbed weight, ema = the updated average where `feeds`. Without masters backup = w comes first; with
-  // them the perturbation starts from the master. `effect`: null, or where the sums of Effect go.
-  void (*perturb)(T* w, const T* g, const Average& ema, T* backup, const S* master, int64_t at, int64_t n,
+  // them master = w where they differ, and the perturbation starts from the master: NOTE [masters adopt]. `effect`:
+  // null, or where the sums of Effect go.
+  void (*perturb)(T* w, const T* g, const Average& ema, T* backup, S* master, int64_t at, int64_t n,
                   const AscentScalars<S>&, bool feeds, Forward, S* effect, bool stream);
   // ema = the average with g.
   void (*update_ema)(const T* g, const Average& ema, int64_t at, int64_t n, const AscentScalars<S>&);
   // w = the rounded master.
   void (*restore_master)(T* w, const S* master, int64_t n);
-  // w = update(backup, g); with masters both of them; with neither w = update(w, g).
-  void (*restore_sgd)(T* w, const T* g, const T* backup, S* master, S* momentum_buffer, int64_t at, int64_t n,
-                      const SgdScalars<S>&, Rounding, bool stream);
-  void (*restore_adam)(T* w, const T* g, const T* backup, S* master, S* exp_avg, S* exp_avg_sq, int64_t at, int64_t n,
-                       const AdamScalars<S>&, const BiasCorrection<S>&, Rounding, bool stream);
+  // master = w where they differ.
+  void (*adopt)(const T* w, S* master, int64_t n);
+  // w = update(backup, g); with masters both of them, after adopting w where `adopts`; with neither w = update(w, g).
+  void (*restore_sgd)(T* w, const T* g, const T* backup, S* master, bool adopts, S* momentum_buffer, int64_t at,
+                      int64_t n, const SgdScalars<S>&, Rounding, bool stream);
+  void (*restore_adam)(T* w, const T* g, const T* backup, S* master, bool adopts, S* exp_avg, S* exp_avg_sq, int64_t at,
+                       int64_t n, const AdamScalars<S>&, const BiasCorrection<S>&, Rounding, bool stream);
 };
 
 struct IsaLoops {

@@ -106,6 +106,7 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
       S* from = saved.master ? saved.master + row.offset : nullptr;
       if (!finite) {
         if (to) std::memcpy(to + begin, w + begin, (end - begin) * sizeof(T));
+        if (from) isa_loops().of<T>().adopt(w + begin, from + begin, end - begin);
         return;
       }
       const int64_t piece = sums ? kChunk : end - begin;  // the sums are a chunk's
@@ -143,13 +144,16 @@ void update_ema(const Tensors& params, const Tensors& grads, const Tensor& offse
   written.wrote();
 }
 
-// w = the saved weights, bit for bit; or the rounded masters, which is what the weights were.
+// w = the saved weights, bit for bit; or the rounded masters, which is what the weights were, or what they become where
+// the masters adopt them.
 template <class T>
-void restore_part(const Row& row, const Saved<T>& saved, int64_t begin, int64_t end) {
+void restore_part(const Row& row, const Saved<T>& saved, bool adopts, int64_t begin, int64_t end) {
   T* w = static_cast<T*>(row.param) + begin;
   const int64_t at = row.offset + begin;
+  const LeafLoops<T>& leaf = isa_loops().of<T>();
   if (saved.backup) std::memcpy(w, saved.backup + at, (end - begin) * sizeof(T));
-  if (saved.master) isa_loops().of<T>().restore_master(w, saved.master + at, end - begin);
+  if (saved.master && adopts) leaf.adopt(w, saved.master + at, end - begin);
+  if (saved.master && !adopts) leaf.restore_master(w, saved.master + at, end - begin);
 }
 
 void restore(const Tensors& params, const Tensor& offsets, const Tensor& backup) {
@@ -158,7 +162,7 @@ void restore(const Tensors& params, const Tensor& offsets, const Tensor& backup)
     using T = decltype(storage);
     const Saved<T> saved = saved_weights<T>(backup, args);
     parallel_rows(args.table,
-                  [&](const Row& row, int64_t begin, int64_t end) { restore_part(row, saved, begin, end); });
+                  [&](const Row& row, int64_t begin, int64_t end) { restore_part(row, saved, false, begin, end); });
   });
 }
 
@@ -171,11 +175,11 @@ Rounding rounding_of(const OptionalTensor& rounding, const Arguments& args) {
 
 // What the two fused bases share: update(w, row, from, master, begin, n, stream) on each row, or the plain restore.
 template <class T, class Update>
-void restore_and_update(const Arguments& args, const Saved<T>& saved, bool skip, int64_t bytes_per_element,
+void restore_and_update(const Arguments& args, const Saved<T>& saved, bool adopts, bool skip, int64_t bytes_per_element,
                         const Update& update) {
   const bool stream = worth_streaming(args.table.numel * bytes_per_element);
   parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
-    if (skip) return restore_part(row, saved, begin, end);
+    if (skip) return restore_part(row, saved, adopts, begin, end);
     const int64_t at = row.offset + begin;
     update(static_cast<T*>(row.param) + begin, static_cast<const T*>(row.grad) + begin,
            saved.backup ? saved.backup + at : nullptr, saved.master ? saved.master + at : nullptr, row, at, end - begin,
@@ -187,7 +191,7 @@ void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offs
                  const OptionalTensor& momentum_buffer, const OptionalTensor& stats, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double momentum,
                  double dampening, double weight_decay, bool nesterov, bool maximize, const OptionalTensor& rounding,
-                 const OptionalTensor& journal) {
+                 bool adopts, const OptionalTensor& journal) {
   const Journal written(journal);
   const Arguments args = arguments(params, &grads, offsets, true);
   dispatch_storage(args, [&](auto storage) {
@@ -200,9 +204,9 @@ void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offs
                                         dampening, weight_decay, nesterov, maximize);
     const auto leaf = isa_loops().of<T>().restore_sgd;
     restore_and_update<T>(
-        args, saved, update_is_skipped(stats, found_inf), 3 * sizeof(T) + sizeof(S),
+        args, saved, adopts, update_is_skipped(stats, found_inf), 3 * sizeof(T) + sizeof(S),
         [&](T* w, const T* g, const T* from, S* master, const Row&, int64_t at, int64_t n, bool stream) {
-          leaf(w, g, from, master, buffer ? buffer + at : nullptr, at, n, scalars, how, stream);
+          leaf(w, g, from, master, adopts, buffer ? buffer + at : nullptr, at, n, scalars, how, stream);
         });
   });
   written.wrote();
@@ -239,7 +243,7 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
                   const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& corrections,
                   const OptionalTensor& stats, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
                   double lr, const OptionalTensor& lr_tensor, double beta1, double beta2, double eps,
-                  double weight_decay, bool decoupled, bool maximize, const OptionalTensor& rounding,
+                  double weight_decay, bool decoupled, bool maximize, const OptionalTensor& rounding, bool adopts,
                   const OptionalTensor& journal) {
   const Journal written(journal);
   const Arguments args = arguments(params, &grads, offsets, true);
@@ -257,9 +261,10 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
     const auto leaf = isa_loops().of<T>().restore_adam;
     const Row* rows = args.table.rows.data();
     restore_and_update<T>(
-        args, saved, update_is_skipped(stats, found_inf), 3 * sizeof(T) + 2 * sizeof(S),
+        args, saved, adopts, update_is_skipped(stats, found_inf), 3 * sizeof(T) + 2 * sizeof(S),
         [&](T* w, const T* g, const T* from, S* master, const Row& row, int64_t at, int64_t n, bool stream) {
-          leaf(w, g, from, master, first + at, second + at, at, n, scalars, correction[&row - rows], how, stream);
+          leaf(w, g, from, master, adopts, first + at, second + at, at, n, scalars, correction[&row - rows], how,
+               stream);
         });
   });
   written.wrote();

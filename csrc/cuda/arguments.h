@@ -30,7 +30,7 @@ template <class T>
 struct PerturbArguments {
   Average ema;
   T* backup;  // null where there are masters
-  const compute_t<T>* master;
+  compute_t<T>* master;
   const double* stats;
   Number grad_scale, rho;
   double sigma, lmbda, eps;
@@ -60,6 +60,7 @@ struct UpdateArguments {
   const double* stats;   // or null
   Number found_inf, grad_scale, lr;
   const int64_t* rounding;  // null, or a seed and the number of the step: NOTE [stochastic rounding]
+  bool adopts;              // formulas.h, NOTE [masters adopt]
 };
 
 template <class T>

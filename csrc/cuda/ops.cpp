@@ -158,7 +158,7 @@ void restore(const Tensors& params, const Tensor& offsets, const Tensor& backup)
 template <class T>
 UpdateArguments<T> update_arguments(const Arguments& args, const OptionalTensor& backup, const OptionalTensor& stats,
                                     const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
-                                    const OptionalTensor& lr_tensor, const OptionalTensor& rounding) {
+                                    const OptionalTensor& lr_tensor, const OptionalTensor& rounding, bool adopts) {
   const Saved<T> saved = saved_weights<T>(backup, args);
   return {saved.backup,
           saved.master,
@@ -166,21 +166,22 @@ UpdateArguments<T> update_arguments(const Arguments& args, const OptionalTensor&
           number(found_inf, "found_inf", 0.0, args.place),
           number(grad_scale, "grad_scale", 1.0, args.place),
           number(lr_tensor, "lr_tensor", lr, args.place),
-          data_of<int64_t>(rounding, "rounding", 2, args.place)};
+          data_of<int64_t>(rounding, "rounding", 2, args.place),
+          adopts};
 }
 
 void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
                  const OptionalTensor& momentum_buffer, const OptionalTensor& stats, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double momentum,
                  double dampening, double weight_decay, bool nesterov, bool maximize, const OptionalTensor& rounding,
-                 const OptionalTensor& journal) {
+                 bool adopts, const OptionalTensor& journal) {
   const Journal written(journal);
   const Arguments args = checked_arguments(params, &grads, offsets);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
     const SgdArguments<T> values{
-        update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor, rounding),
+        update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor, rounding, adopts),
         flat_data<S>(momentum_buffer, "momentum_buffer", args),
         momentum,
         dampening,
@@ -220,7 +221,7 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
                   const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& corrections,
                   const OptionalTensor& stats, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
                   double lr, const OptionalTensor& lr_tensor, double beta1, double beta2, double eps,
-                  double weight_decay, bool decoupled, bool maximize, const OptionalTensor& rounding,
+                  double weight_decay, bool decoupled, bool maximize, const OptionalTensor& rounding, bool adopts,
                   const OptionalTensor& journal) {
   const Journal written(journal);
   const Arguments args = checked_arguments(params, &grads, offsets);
@@ -228,7 +229,7 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
     using T = decltype(storage);
     using S = compute_t<T>;
     const AdamArguments<T> values{
-        update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor, rounding),
+        update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor, rounding, adopts),
         flat_data<S>(exp_avg, "exp_avg", args),
         flat_data<S>(exp_avg_sq, "exp_avg_sq", args),
         corrections_of<S>(corrections, args),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "average.cuh"
+#include "masters.cuh"
 #include "scalars.cuh"
 #include "sums.cuh"
 
@@ -35,7 +36,7 @@ struct Perturb {
   const T* g;
   AveragePlace<M> ema;
   T* backup;
-  const S* master;
+  S* master;
   AscentScalars<S> s;
   bool feeds, measures;
   Forward forward;
@@ -43,7 +44,7 @@ struct Perturb {
   PieceSums<kEffect, S> pieces;
 
   struct Loaded {
-    Pack<std::conditional_t<kMaster, S, T>, kGroup<T>> w;
+    std::conditional_t<kMaster, MasterGroup<T>, WeightGroup<T>> w;
     Pack<T, kGroup<T>> g;
     AveragePack<T, M> ema;
   };
@@ -60,16 +61,20 @@ struct Perturb {
   template <class Access>
   __device__ __forceinline__ void load(Access access, int beyond, Loaded& x) const {
     if constexpr (kMaster) {
-      access.template load<Reuse::late>(master + beyond, x.w);
+      load_adopting(access, w + beyond, master + beyond, x.w);
     } else {
-      access.template load<Reuse::late>(w + beyond, x.w);
+      access.template load<Reuse::late>(w + beyond, x.w.v);
     }
     access.template load<Reuse::late>(g + beyond, x.g);
     load_average<Reuse::late>(access, ema, beyond, x.ema);
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int beyond, Loaded& x) {
-    if constexpr (!kMaster) access.template store<Reuse::late>(backup + beyond, x.w);
+    if constexpr (kMaster) {
+      adopt_loaded(access, w + beyond, master + beyond, x.w);
+    } else {
+      access.template store<Reuse::late>(backup + beyond, x.w.v);
+    }
     Pack<T, kGroup<T>> after;
     S fresh[kGroup<T>], intended[kGroup<T>];
     AscentScalars<S> scalars = s;
@@ -77,7 +82,7 @@ struct Perturb {
       scalars.adaptive = decltype(adaptive)::value;
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
-        const S start = widen_at(x.w, j);
+        const S start = widen_at(x.w.v, j);
         const S gradient = widen_at(x.g, j) * s.inverse_scale;
         const S average = average_at<T, M>(x.ema, j);
         intended[j] = perturbation(start, noise<has_average<M>>(gradient, average, scalars), scalars);
@@ -89,7 +94,7 @@ struct Perturb {
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
         if (!access.has(j)) continue;
-        S before = widen_at(x.w, j);
+        S before = widen_at(x.w.v, j);
         if constexpr (kMaster) {
           T low;
           narrow(before, low);
@@ -111,7 +116,7 @@ struct Perturb {
 
 template <class T, class M, bool kMaster, class Rows>
 __global__ void __launch_bounds__(
-    kThreads, kBlocksFor<T, (kMaster ? 4 : int(sizeof(T))) + int(sizeof(T)) + kBytesOf<M>, kPerturbInFlight<T>>)
+    kThreads, kBlocksFor<T, (kMaster ? 4 : 0) + 2 * int(sizeof(T)) + kBytesOf<M>, kPerturbInFlight<T>>)
     perturb_kernel(const Rows __grid_constant__ table, const PerturbArguments<T> a) {
   using S = compute_t<T>;
   using Scalars = AscentScalars<S>;
@@ -125,7 +130,7 @@ __global__ void __launch_bounds__(
   const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
   const AverageSlice<M> ema = slice_of<M>(a.ema, in_buffer);
   T* backup = kMaster ? nullptr : a.backup + in_buffer;
-  const S* master = kMaster ? a.master + in_buffer : nullptr;
+  S* master = kMaster ? a.master + in_buffer : nullptr;
   const bool measures = a.effect != nullptr;
   Perturb<T, M, kMaster> work{w, g, {ema}, backup, master, {}, a.feeds, measures, a.forward, {}, {&block_sums}};
   const auto ready = [&](auto& walked) {
@@ -143,7 +148,11 @@ __global__ void __launch_bounds__(
   };
   const bool perturbed =
       walk_averages<T, M, kPerturbInFlight<T>>(piece, is_aligned(w, g, ema.data, backup, master), work, ready);
-  if (!perturbed && !kMaster) copy<T, T>(piece, w, backup);
+  if constexpr (kMaster) {
+    if (!perturbed) adopt(piece, w, master);
+  } else {
+    if (!perturbed) copy<T, T>(piece, w, backup);
+  }
   if (measures) {
     const Effect<S>& sums = work.effect;
     // The piece is found again: its registers are worth more during the walk.

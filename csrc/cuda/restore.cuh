@@ -2,8 +2,8 @@
 // back.
 #pragma once
 
+#include "masters.cuh"
 #include "scalars.cuh"
-#include "walk.cuh"
 
 namespace fsam::cuda {
 
@@ -33,11 +33,11 @@ struct Weights {
   T* w;
   const T* from;  // a backup, or w itself
   S* master;
-  bool stochastic;
+  bool adopts, stochastic;
   int64_t position;  // of the piece, in the flat state
   uint32_t key = 0;  // of the stochastic rounding
 
-  using Loaded = Pack<std::conditional_t<kMaster, S, T>, kGroup<T>>;
+  using Loaded = std::conditional_t<kMaster, MasterGroup<T>, WeightGroup<T>>;
   __device__ __forceinline__ bool aligned() const { return kMaster ? is_aligned(w, master) : is_aligned(w, from); }
   __device__ __forceinline__ void move(int by) {
     w += by;
@@ -51,9 +51,17 @@ struct Weights {
   template <class Access>
   __device__ __forceinline__ void load(Access access, int beyond, Loaded& x) const {
     if constexpr (kMaster) {
-      access.template load<Reuse::late>(master + beyond, x);
+      if (adopts) return load_adopting(access, w + beyond, master + beyond, x);
+      access.template load<Reuse::late>(master + beyond, x.v);
     } else {
-      access.template load<Reuse::late>(from + beyond, x);
+      access.template load<Reuse::late>(from + beyond, x.v);
+    }
+  }
+  // To be called before the loaded weights are used.
+  template <class Access>
+  __device__ __forceinline__ void adopt(Access access, int beyond, Loaded& x) const {
+    if constexpr (kMaster) {
+      if (adopts) adopt_loaded(access, w + beyond, master + beyond, x);
     }
   }
   template <class Access>
@@ -77,7 +85,7 @@ struct Weights {
       }
     }
     if constexpr (kMaster) {
-      Loaded full;
+      Pack<S, kGroup<T>> full;
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) full.v[j] = updated[j];
       access.template store<Reuse::late>(master + beyond, full);
@@ -91,8 +99,22 @@ __device__ __forceinline__ Weights<T, kMaster> weights_of(const Rows& table, con
                                                           const UpdateArguments<T>& a) {
   const int64_t in_buffer = table.offset[piece.row] + piece.begin;
   T* w = static_cast<T*>(table.param[piece.row]) + piece.begin;
-  return {w, a.backup == nullptr ? w : a.backup + in_buffer, kMaster ? a.master + in_buffer : nullptr,
-          a.rounding != nullptr, in_buffer};
+  return {w,
+          a.backup == nullptr ? w : a.backup + in_buffer,
+          kMaster ? a.master + in_buffer : nullptr,
+          a.adopts,
+          a.rounding != nullptr,
+          in_buffer};
+}
+
+// What is left of an update that is skipped.
+template <class T, bool kMaster>
+__device__ __forceinline__ void only_restore(const Piece& piece, const Weights<T, kMaster>& weights,
+                                             const UpdateArguments<T>& a) {
+  if constexpr (kMaster) {
+    if (a.adopts) return adopt(piece, weights.w, weights.master);
+  }
+  restore<T, kMaster>(piece, weights.w, a.backup == nullptr ? nullptr : weights.from, weights.master);
 }
 
 template <class T>

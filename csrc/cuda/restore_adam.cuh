@@ -41,6 +41,7 @@ struct RestoreAdam : NoSums {
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int beyond, Loaded& x) const {
+    weights.adopt(access, beyond, x.w);
     S updated[kGroup<T>];
     bool fits = division.usable;
     AdamScalars<S> scalars = s;
@@ -48,7 +49,8 @@ struct RestoreAdam : NoSums {
       scalars.decoupled = decltype(decoupled)::value;
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
-        updated[j] = adam_moments(S(widen_at(x.w, j)), S(widen_at(x.g, j)), x.exp_avg.v[j], x.exp_avg_sq.v[j], scalars);
+        updated[j] =
+            adam_moments(S(widen_at(x.w.v, j)), S(widen_at(x.g, j)), x.exp_avg.v[j], x.exp_avg_sq.v[j], scalars);
         fits &= division.fits(x.exp_avg.v[j], x.exp_avg_sq.v[j]);
       }
     });
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   };
   const bool aligned = weights.aligned() && is_aligned(g, exp_avg, exp_avg_sq);
   if (!walk<T, kAdamInFlight<T>>(piece, aligned, work, ready)) {
-    restore<T, kMaster>(piece, weights.w, a.update.backup == nullptr ? nullptr : weights.from, weights.master);
+    only_restore(piece, weights, a.update);
   }
 }
 

@@ -31,12 +31,13 @@ struct RestoreSgd : NoSums {
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int beyond, Loaded& x) const {
+    weights.adopt(access, beyond, x.w);
     S updated[kGroup<T>];
 #pragma unroll
     for (int j = 0; j < kGroup<T>; ++j) {
       S buffer(0);
       if constexpr (kMomentum) buffer = x.momentum_buffer.v[j];
-      updated[j] = sgd<kMomentum>(S(widen_at(x.w, j)), S(widen_at(x.g, j)), buffer, s);
+      updated[j] = sgd<kMomentum>(S(widen_at(x.w.v, j)), S(widen_at(x.g, j)), buffer, s);
       if constexpr (kMomentum) x.momentum_buffer.v[j] = buffer;
     }
     weights.store(access, beyond, updated);
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(
     return !prologue.skip;
   };
   if (!walk<T>(piece, weights.aligned() && is_aligned(g, momentum_buffer), work, ready)) {
-    restore<T, kMaster>(piece, weights.w, a.update.backup == nullptr ? nullptr : weights.from, weights.master);
+    only_restore(piece, weights, a.update);
   }
 }
 

@@ -8,7 +8,9 @@ int64 tensor on the CPU. The state's dtype is float32, and float64 for float64 p
 
 ``ema`` may also be bfloat16, or int8 with ``ema_scale``: float32, one for each 128 elements of the flat buffer; offsets
 are multiples of 128 then (float64 parameters: neither). ``backup`` has the dtype of 16-bit parameters and is a copy
-of them, or it is float32 and holds their master weights, of which the parameters are the rounded copies.
+of them, or it is float32 and holds their master weights, of which the parameters are the rounded copies. A parameter
+that is not the rounded copy of its master (NaN is that of NaN) was written by others since, and is adopted where it is
+known not to be perturbed: its value becomes the master.
 
 ``stats`` is a float64 tensor of five elements, ``partials`` scratch in the dtype of the state with five elements for
 each chunk (:func:`count_chunks`). Small tensors live on the device of the parameters.
@@ -114,7 +116,8 @@ def perturb(
 
     Adaptive: w = w + rho |w|^2 d / (...). Where ``stats[0]`` is not finite only the backup is written. Where it is zero
     the step length is zero. An element of m that is NaN has seen no gradient yet: it counts as 0 in d and becomes g.
-    ``rho_tensor`` replaces ``rho`` where it is given. Masters are read in the place of w and not written.
+    ``rho_tensor`` replaces ``rho`` where it is given. With masters the backup is not written; parameters are adopted
+    first, wherever ``stats[0]`` is, and the masters stand in the place of w.
 
     ``effect`` (in the dtype of the state, 3 elements for each chunk) gets sum e^2, sum e i and sum i^2 of the intended
     perturbation i and of the one that rounding leaves of it: e = R(w after) - R(w before), with R the rounding to the
@@ -187,14 +190,16 @@ def restore_sgd(
     nesterov: bool,
     maximize: bool,
     rounding: Tensor | None,
+    adopts: bool = False,
     journal: Tensor | None = None,
 ) -> None:
     """Pass C with ``torch.optim.SGD``: w = sgd(backup, g), or sgd(w, g) where there is no backup.
 
     Only restores where ``stats[0]`` is not finite or ``found_inf`` is not zero. An element of the momentum buffer that
     is NaN has seen no gradient yet and becomes g. ``lr_tensor`` replaces ``lr`` where it is given. With masters the
-    update starts from them, and both they and w are written. ``rounding`` (int64, [seed, number of the step]) has
-    16-bit parameters without masters rounded stochastically: csrc/storage.h, NOTE [stochastic rounding].
+    update starts from them, and both they and w are written. ``adopts``: w is not perturbed, and masters adopt it
+    first; where only the restore is left, w stays as it is. ``rounding`` (int64, [seed, number of the step]) has 16-bit
+    parameters without masters rounded stochastically: csrc/storage.h, NOTE [stochastic rounding].
     """
     backend.restore_sgd(
         params,
@@ -213,6 +218,7 @@ def restore_sgd(
         nesterov,
         maximize,
         rounding,
+        adopts,
         journal,
     )
 
@@ -263,6 +269,7 @@ def restore_adam(
     decoupled: bool,
     maximize: bool,
     rounding: Tensor | None,
+    adopts: bool = False,
     journal: Tensor | None = None,
 ) -> None:
     """Pass C with ``torch.optim.Adam``, or ``AdamW`` where ``decoupled``; otherwise like :func:`restore_sgd`.
@@ -289,6 +296,7 @@ def restore_adam(
         decoupled,
         maximize,
         rounding,
+        adopts,
         journal,
     )
 

@@ -45,6 +45,12 @@ def _number(tensor: Tensor | None, otherwise: float) -> Tensor | float:
     return otherwise if tensor is None else tensor.reshape(-1)[0].double()
 
 
+def _adopted(master: Tensor, w: Tensor) -> Tensor:
+    """The masters; or the weights, where others wrote them since they were the masters' rounded copies."""
+    copy = master.to(w.dtype)
+    return torch.where((copy == w) | (copy.isnan() & w.isnan()), master, w.to(master.dtype))
+
+
 # ---- The average -----------------------------------------------------------------------------------------------------
 
 
@@ -136,16 +142,15 @@ def perturb(
     averages = _averages(params, offsets, ema, ema_scale)
     for w, grad, average, saved in zip(params, grads, averages, _slices(params, offsets, backup), strict=True):
         masters = saved.dtype != w.dtype
-        start = compute(saved if masters else w)
-        before = saved.to(w.dtype) if masters else w
+        source = _adopted(saved, w) if masters else w
+        start, before = compute(source), source.to(w.dtype)
         g = _unscaled(grad, scale)
         m = None if average is None else average.read()
         intended = _noise(g, m, sigma, lmbda, ema_updated) * length.to(g.dtype)
         if adaptive:
             intended = start**2 * intended
         after = (start + intended).to(w.dtype)
-        if not masters:
-            writes.add(saved, w.clone())
+        writes.add(saved, source.clone())
         writes.add(w, torch.where(finite, after, w))
         if m is not None and feeds:
             average.write(_updated(m, g, lmbda), finite, writes)
@@ -187,6 +192,13 @@ def restore(params, offsets, backup) -> None:
         w.copy_(saved)
 
 
+def _source(w: Tensor, saved: Tensor | None, adopts: bool) -> Tensor:
+    """Where an update starts from: the weights as they are, their copy, or their masters."""
+    if saved is None:
+        return w
+    return _adopted(saved, w) if adopts and saved.dtype != w.dtype else saved
+
+
 def _rounded(x: Tensor, w: Tensor, offset: int, masters: bool, rounding: Tensor | None) -> Tensor:
     """New weights in the dtype of ``w``; stochastically where there is no master to keep the rest."""
     if rounding is None or masters or w.dtype.itemsize != 2:
@@ -199,17 +211,19 @@ def _write(
     writes: Writes,
     w: Tensor,
     saved: Tensor | None,
+    source: Tensor,
+    adopts: bool,
     x: Tensor,
     applies: Tensor,
     offset: int,
     rounding: Tensor | None,
 ) -> None:
-    """w = the new weights where the update ``applies``, else those that were saved; masters get theirs too."""
+    """w = the new weights where the update ``applies``, else those of its ``source``; masters get theirs too."""
     masters = saved is not None and saved.dtype != w.dtype
-    start = w if saved is None else saved.to(w.dtype)
-    writes.add(w, torch.where(applies, _rounded(x, w, offset, masters, rounding), start))
+    kept = w if masters and adopts else source.to(w.dtype)
+    writes.add(w, torch.where(applies, _rounded(x, w, offset, masters, rounding), kept))
     if masters:
-        writes.add(saved, torch.where(applies, x, saved))
+        writes.add(saved, torch.where(applies, x, source))
 
 
 @torch.no_grad()
@@ -230,6 +244,7 @@ def restore_sgd(
     nesterov,
     maximize,
     rounding,
+    adopts=False,
     journal=None,
 ) -> None:
     """w = SGD(backup, g), torch.optim.SGD."""
@@ -237,7 +252,8 @@ def restore_sgd(
     states = (offsets.tolist(), _slices(params, offsets, backup), _slices(params, offsets, momentum_buffer))
     for w, grad, offset, saved, buffer in zip(params, grads, *states, strict=True):
         applies = _applies(stats, found_inf, w.device)
-        value = compute(w if saved is None else saved)
+        source = _source(w, saved, adopts)
+        value = compute(source)
         g = _unscaled(grad, scale)
         g = -g if maximize else g
         g = g + weight_decay * value
@@ -245,7 +261,7 @@ def restore_sgd(
             updated = torch.where(buffer.isnan(), g, momentum * buffer + (1 - dampening) * g)
             writes.add(buffer, torch.where(applies, updated, buffer))
             g = g + momentum * updated if nesterov else updated
-        _write(writes, w, saved, value - rate * g, applies, offset, rounding)
+        _write(writes, w, saved, source, adopts, value - rate * g, applies, offset, rounding)
     writes.commit(journal)
 
 
@@ -281,6 +297,7 @@ def restore_adam(
     decoupled,
     maximize,
     rounding,
+    adopts=False,
     journal=None,
 ) -> None:
     """w = Adam(backup, g), torch.optim.Adam and AdamW."""
@@ -290,7 +307,8 @@ def restore_adam(
         params, grads, *states, corrections, strict=True
     ):
         applies = _applies(stats, found_inf, w.device)
-        value = compute(w if saved is None else saved)
+        source = _source(w, saved, adopts)
+        value = compute(source)
         g = _unscaled(grad, scale)
         g = -g if maximize else g
         if decoupled:
@@ -300,7 +318,8 @@ def restore_adam(
         mean = first + (1 - beta1) * (g - first)
         mean_sq = beta2 * second + (1 - beta2) * g * g
         denominator = mean_sq.sqrt() / root + eps
-        _write(writes, w, saved, value - step_size * mean / denominator, applies, offset, rounding)
+        x = value - step_size * mean / denominator
+        _write(writes, w, saved, source, adopts, x, applies, offset, rounding)
         writes.add(first, torch.where(applies, mean, first))
         writes.add(second, torch.where(applies, mean_sq, second))
     writes.commit(journal)

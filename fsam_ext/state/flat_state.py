@@ -265,13 +265,18 @@ class FlatState:
         return param not in self.offset or address(value) != address(self.part(name, param))
 
     def holds(self, name: str, param: Tensor, value: Any) -> bool:
-        """Whether ``value`` is a tensor over just the parameter's slice."""
+        """Whether ``value`` is a tensor over just the parameter's slice, in the parameter's form."""
+        form = self._place(name, param)[2]
+        return self.begins(name, param, value) and (form is None or local(value).stride() == form.stride())
+
+    def begins(self, name: str, param: Tensor, value: Any) -> bool:
+        """Whether ``value`` is a tensor that begins where the parameter's slice does."""
         buffer = self.find(name)
         if buffer is None or not isinstance(value, Tensor):
             return False
-        value, (begin, _, form) = local(value), self._place(name, param)
+        value, begin = local(value), self._place(name, param)[0]
         there = address(value) == address(buffer) + begin * buffer.itemsize and value.dtype == buffer.dtype
-        return there and address(value) != 0 and (form is None or value.stride() == form.stride())
+        return there and address(value) != 0
 
     def fill(self, name: str, param: Tensor, value: Tensor | float | None) -> None:
         """Writes a value into a parameter's slice; None: what it has without one."""

@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..state.flatten import REGISTRY
 from ..state.shards import is_dtensor
+
+_VERSION = Tensor._version.__get__
 
 
 def evaluate(closure: Callable[..., Any], batches: list[Any] | None) -> Any:
@@ -31,8 +34,15 @@ def as_list(batches: Iterable[Any]) -> list[Any]:
     return kept
 
 
+def mark(param: Tensor) -> tuple[int, int] | None:
+    """What changes wherever a backward pass adds to a parameter's gradient."""
+    grad = param.grad
+    return None if grad is None else (id(grad), -1 if grad.is_inference() else _VERSION(grad))
+
+
 class BackwardCount:
-    """Counts backward passes, to notice a second pass that replays another number of micro-batches than the first.
+    """Counts backward passes, to notice a second pass that replays another number of micro-batches than the first, and
+    gradients that nobody has used.
 
     One parameter stands for all. Autograd does not reach sharded ones as leaves, so none of those is watched: torch
     cannot convert a DTensor that something refers to.
@@ -47,6 +57,26 @@ class BackwardCount:
         self._count = 0
         self._ascent: int | None = None
         self._warned = False
+        self._used: tuple[int, tuple[int, int] | None] | None = None
+        self._given_up = False
+
+    def are_new(self, params: Iterable[Tensor]) -> bool:
+        """Whether gradients have come since the last pass of a step used, or cleared, those that were there then."""
+        if self._count > 0 or self._given_up:
+            return self._count > 0
+        # Flattened gradients are always there.
+        there = [param for param in params if param.grad is not None and REGISTRY.get(param) is None]
+        used = None if self._used is None else next((p for p in there if id(p) == self._used[0]), None)
+        return bool(there) if used is None else mark(used) != self._used[1]
+
+    def used(self, param: Tensor) -> None:
+        """A pass has read the gradients, of which this parameter's stands for all."""
+        self._used = id(param), mark(param)
+        self._given_up = False
+
+    def second_is_missing(self, params: Iterable[Tensor]) -> bool:
+        """Whether backward passes made the first gradient, and none a second one."""
+        return bool(self._ascent) and self._count == 0 and not self.are_new(params)
 
     def ascended(self, param: Tensor) -> None:
         """The first pass is over; from now on the second one's backward passes count."""
@@ -55,6 +85,7 @@ class BackwardCount:
         if not watched and param.is_leaf and param.requires_grad and not is_dtensor(param):
             self._watch(param)
         self._count = 0
+        self.used(param)
 
     def _watch(self, param: Tensor) -> None:
         this = weakref.ref(self)
@@ -86,7 +117,14 @@ class BackwardCount:
     def cleared(self) -> None:
         """Gradients were thrown away, and the backward passes that made them do not count."""
         self._count = 0
+        self._used = None
+        self._given_up = False
 
     def forget(self) -> None:
         """The next backward pass is the first of a step."""
         self._ascent, self._count = None, 0
+
+    def given_up(self) -> None:
+        """A step ends without an update: its gradients are of no use, and nobody's loss."""
+        self.forget()
+        self._given_up = True

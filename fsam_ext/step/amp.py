@@ -10,6 +10,7 @@ backs off once for the step. Nothing here reads a value on the host.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -18,21 +19,31 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 
-class Scaler:
-    """A GradScaler and the optimizer that it knows by its identity.
+def is_asked_by_torch() -> bool:
+    """Whether the caller's caller is a GradScaler of torch, which then leaves unscaling and skipping to step().
+
+    Lightning asks for the same attribute, and refuses to clip gradients where it is true, in bfloat16 too.
+    """
+    return sys._getframe(2).f_globals.get("__name__", "").partition(".")[0] == "torch"
+
+
+def scaler_of(grad_scaler: Any, optimizer: Optimizer) -> Scaler | None:
+    """The scaler of a first pass; None where there is none, or a disabled one.
 
     Raises:
-        TypeError, ValueError: it is no GradScaler, or a disabled one.
+        TypeError: it is no GradScaler.
     """
+    if grad_scaler is None:
+        return None
+    if not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, not {type(grad_scaler).__name__}")
+    return Scaler(grad_scaler, optimizer) if grad_scaler.is_enabled() else None
 
-    def __init__(self, grad_scaler: Any, optimizer: Optimizer) -> None:
-        if not isinstance(grad_scaler, torch.amp.GradScaler):
-            raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, not {type(grad_scaler).__name__}")
-        if not grad_scaler.is_enabled():
-            raise ValueError(
-                "grad_scaler is disabled, so the gradients are not scaled; call first_step() without it, and "
-                "second_step() instead of grad_scaler.step()"
-            )
+
+class Scaler:
+    """A GradScaler and the optimizer that it knows by its identity."""
+
+    def __init__(self, grad_scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
         self._grad_scaler = grad_scaler
         self._optimizer = optimizer
 

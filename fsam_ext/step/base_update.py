@@ -58,11 +58,13 @@ class FusedBase(ABC):
         guards: Guards,
         group: dict[str, Any],
         rounding: Tensor | None,
+        adopts: bool,
         journal: Journal,
     ) -> list[Callable[[], None]]:
         """What restores a segment from ``saved`` (where there is one) and updates it, unless ``guards`` say otherwise.
 
-        The last op writes the weights, and each counts in the journal.
+        ``adopts``: the weights are not perturbed, and what others wrote into those with masters counts. The last op
+        writes the weights, and each counts in the journal.
         """
 
 
@@ -81,6 +83,7 @@ class FusedSGD(FusedBase):
         guards: Guards,
         group: dict[str, Any],
         rounding: Tensor | None,
+        adopts: bool,
         journal: Journal,
     ) -> list[Callable[[], None]]:
         """:func:`fsam_ext.backends.ops.restore_sgd`."""
@@ -100,6 +103,7 @@ class FusedSGD(FusedBase):
             group["nesterov"],
             group["maximize"],
             rounding,
+            adopts,
             journal.cell,
         )
         return [update]
@@ -124,6 +128,7 @@ class FusedAdam(FusedBase):
         guards: Guards,
         group: dict[str, Any],
         rounding: Tensor | None,
+        adopts: bool,
         journal: Journal,
     ) -> list[Callable[[], None]]:
         """:func:`fsam_ext.backends.ops.count_steps` and :func:`fsam_ext.backends.ops.restore_adam`."""
@@ -164,6 +169,7 @@ class FusedAdam(FusedBase):
             group.get("decoupled_weight_decay", self.decoupled),
             group["maximize"],
             rounding,
+            adopts,
             journal.cell,
         )
 

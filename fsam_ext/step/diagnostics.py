@@ -28,9 +28,11 @@ def total_effect(effects: Sequence[Tensor]) -> Tensor:
 
 
 def effective_norm_and_cosine(effect: Tensor) -> tuple[Tensor, Tensor]:
-    """|e|, and the cosine of e and i (NaN where one of them is zero)."""
+    """|e|, and the cosine of e and i: 0 where nothing is left of i, NaN where i is zero."""
     effective_sq, dot, intended_sq = effect.unbind()
-    return effective_sq.sqrt(), dot / (effective_sq.sqrt() * intended_sq.sqrt())
+    cosine = dot / (effective_sq.sqrt() * intended_sq.sqrt())
+    swallowed = (effective_sq == 0) & (intended_sq > 0)
+    return effective_sq.sqrt(), cosine.masked_fill(swallowed, 0.0)
 
 
 class EffectWatch:
@@ -73,10 +75,9 @@ class EffectWatch:
         return self._judge(arrived.cpu(), names())
 
     def _judge(self, effect: Tensor, names: str) -> str | None:
-        effective_sq, dot, intended_sq = effect.tolist()
-        if not intended_sq > 0 or effective_sq > 0 and dot >= ENOUGH * (effective_sq * intended_sq) ** 0.5:
+        cosine = float(effective_norm_and_cosine(effect)[1])
+        if not cosine < ENOUGH:
             return None
-        cosine = dot / (effective_sq * intended_sq) ** 0.5 if effective_sq > 0 else 0.0
         self._warned = True
         return (
             f"rounding to {names} leaves little of the perturbation: the cosine of what is left with what was meant is "

@@ -293,7 +293,7 @@ def _master(param: Tensor, value: Tensor | None, before: FlatState | None) -> Te
     """The master of a parameter, which one that was put into ``state`` since the last step overrules."""
     if value is None:
         return param.detach()
-    if before is not None and param in before.offset and not before.holds(keys.MASTER, param, value):
+    if before is not None and param in before.offset and not before.begins(keys.MASTER, param, value):
         shards.local(param).copy_(shards.local(value))  # before the master is in place: an interrupt has it done again
     return value
 

@@ -51,6 +51,7 @@ class Passes:
         self._effects: list[Tensor] = []
         self._effect_watch = EffectWatch()
         self._warnings: list[str] = []  # of the step that is open, for its end
+        self._said: set[str] = set()
 
     # ---- The ascent ------------------------------------------------------------------------------------------------
 
@@ -65,8 +66,6 @@ class Passes:
             )
         devices = {one.segment.flat.device for one in participants}
         scales = {} if scaler is None else {device: scaler.ascent_scale(device) for device in devices}
-        for one in participants:
-            one.segment.adopt_changes()
         self.norm.measure(participants, meshes, scales, partial(self._call, groups))
         if scaler is not None:
             scaler.count_overflow(self.norm.totals)
@@ -109,7 +108,7 @@ class Passes:
             flat.saved(),
             self.norm.totals[flat.device],
             scales.get(flat.device),
-            *number_or_tensor(group["rho"], flat.device),
+            *_radius(group, flat.device),
             group["sigma"],
             group["lmbda"],
             group["perturb_eps"],
@@ -138,8 +137,6 @@ class Passes:
         in_one_pass = isinstance(self.base, FusedBase) and self.transaction.is_ascent_of(segments)
         if not in_one_pass:
             self.restore_weights(groups)
-            for segment in segments:
-                segment.adopt_changes()
         guards = {one.flat.device: self._guards(one.flat.device, stage, scaling) for one in segments}
         fed = [
             partial(self._call, groups, segment, self._feed, group, segment, grads, guards[segment.flat.device])
@@ -174,7 +171,8 @@ class Passes:
             saved = flat.saved() if in_one_pass or flat.masters else None
             step = group[keys.STEP]
             rounding = self._rounding.on(flat.device, step) if group["stochastic_rounding"] else None
-            made = self.base.ops(segment, grads, saved, guards[flat.device], group, rounding, self.transaction.journal)
+            adopts, journal = flat.masters and not in_one_pass, self.transaction.journal
+            made = self.base.ops(segment, grads, saved, guards[flat.device], group, rounding, adopts, journal)
             run += [partial(self._call, groups, segment, op) for op in made]
             updates += [None] * (len(made) - 1) + [segment]
         return run, updates, lambda: 0
@@ -217,6 +215,8 @@ class Passes:
         if self.scaler is not None and self.norm.totals and self.ascent_sync:
             self.scaler.report_overflow(next(iter(self.norm.totals.values()))[0])
         self._warn_later(self.backward_count.finished())
+        if segments:
+            self.backward_count.used(segments[0].params[0])
         self._rounding.advance()
         forget_casts()
         for group in groups:
@@ -281,7 +281,7 @@ class Passes:
         """
         self._rounding.interrupted()
         resized = self.transaction.give_up()
-        self.backward_count.forget()
+        self.backward_count.given_up()
         if self.scaler is not None:
             self.scaler.forget_unscaling()
             self.scaler = None
@@ -300,7 +300,8 @@ class Passes:
 
     def stats(self) -> dict[str, Tensor]:
         """What the last ascent measured: :meth:`fsam_ext.FriendlySAM.stats`."""
-        noise_sq, grad_sq, dot, ema_sq, _ = next(iter(self.norm.totals.values())).unbind()
+        unknown = torch.full((ops.STATISTICS,), torch.nan, dtype=torch.float64)
+        noise_sq, grad_sq, dot, ema_sq, _ = next(iter(self.norm.totals.values()), unknown).unbind()
         effect = {}
         if self._effects:
             pair = effective_norm_and_cosine(total_effect(self._effects))
@@ -310,9 +311,15 @@ class Passes:
             "grad_norm": grad_sq.sqrt(),
             "ema_norm": ema_sq.sqrt(),
             "cosine": dot / (grad_sq.sqrt() * ema_sq.sqrt()),
-            "found_inf": ~noise_sq.isfinite(),
+            "found_inf": ~noise_sq.isfinite() & bool(self.norm.totals),
             **effect,
         }
+
+    def warn_once(self, message: str) -> None:
+        """Has a message said at the end of the step, if it never was."""
+        if message not in self._said:
+            self._said.add(message)
+            self._warn_later(message)
 
     def _warn_later(self, message: str | None) -> None:
         if message is not None:
@@ -322,6 +329,14 @@ class Passes:
         """Says what there is to warn of, now that the step is over: a warning may be an error somewhere."""
         while self._warnings:
             warn_user(self._warnings.pop())
+
+
+def _radius(group: dict[str, Any], device: torch.device) -> tuple[float, Tensor | None]:
+    """rho as the op takes it. Who maximises J minimises -J, whose gradient points the other way."""
+    number, tensor = number_or_tensor(group["rho"], device)
+    if not group.get("maximize", False):
+        return number, tensor
+    return -number, None if tensor is None else -tensor
 
 
 def _forward_dtypes(groups: list[dict[str, Any]]) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Protocol
+from functools import partial
+from itertools import chain
+from typing import Any, Protocol
 
+from .accumulation import BackwardCount
 from .amp import Scaler
 from .transaction import Stage
 
@@ -93,6 +96,18 @@ def _check_closure(stage: Stage, scaled: bool) -> None:
         raise RuntimeError(
             "step(closure) was called with a GradScaler, which does not see the closure's gradients; call "
             "first_step(grad_scaler=scaler), make the second backward, then scaler.step(optimizer)"
+        )
+
+
+def check_gradients(perturbed: bool, groups: list[dict[str, Any]], count: BackwardCount) -> None:
+    """Raises RuntimeError where weights are perturbed and the second gradient is missing."""
+    if not perturbed:
+        return
+    params = partial(chain.from_iterable, [group["params"] for group in groups])
+    if not any(param.grad is not None for param in params()) or count.second_is_missing(params()):
+        raise RuntimeError(
+            "the step was to be finished without a second gradient: after first_step(), compute the loss anew, call "
+            "backward, then second_step(); restore() gives the step up"
         )
 
 

@@ -12,12 +12,10 @@ from torch import Tensor
 from ..backends import ops
 from ..state.flat_state import FlatState, aligned_numel
 from ..state.flatten import REGISTRY
-from ..state.keys import MASTER
 from ..state.shards import PLAIN, local, local_grads
 from .distributed import GatheredCopies
 from .held import Held, current_grads, look_at
 
-_VERSION = Tensor._version.__get__
 _REQUIRES_GRAD = Tensor.requires_grad.__get__
 
 
@@ -110,7 +108,6 @@ class Segment:
             self.rows = []
         self.partials = torch.empty(self._chunks * ops.STATISTICS, dtype=flat.state_dtype, device=flat.device)
         self.effect: Tensor | None = None
-        self._versions: list[int] | None = None
         if "step" in flat.names:
             others = sorted(set(range(len(params))).difference(firsts))
             self.step_index = torch.tensor([index[i] for i in [*firsts, *others]], dtype=torch.int64).to(flat.device)
@@ -176,15 +173,6 @@ class Segment:
         if self._gathered is not None:  # FSDP has copies of its own
             torch.autograd.graph.increment_version(self.rows)
             self._gathered.give_up()
-        if self.flat.masters:
-            self._versions = list(map(_VERSION, self.params))
-
-    def adopt_changes(self) -> None:
-        """Takes into the masters what others wrote into the weights: a model's load_state_dict, say."""
-        if self.flat.masters and self._versions != list(map(_VERSION, self.params)):
-            for param in self.params:
-                master, param = self.flat.part(MASTER, param), local(param)
-                master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
 
 
 def _are_flattened(params: Sequence[Tensor]) -> bool:

@@ -117,6 +117,11 @@ class Transaction:
             return Stage.CLEAN
         return Stage.ASCENDED if now.ascent.restored else Stage.PERTURBED
 
+    @property
+    def has_perturbed(self) -> bool:
+        """Whether there are weights that differ from what they will be restored to."""
+        return bool(self._perturbed())
+
     def _perturbed(self) -> list[tuple[Segment, torch.Tensor]]:
         """The segments that are perturbed now, those that an update has begun on excepted, and the saved weights."""
         now = self._open

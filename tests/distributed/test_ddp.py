@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import io
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+from fsam_ext import SecondPass
 
 from ..conformance import identical
 from .ranks import run
@@ -36,7 +39,7 @@ def trained(base, options, ddp):
     model = DistributedDataParallel(network(), **ddp)
     optimizer = make(model, base, **options)
     history = train(model, optimizer, batches(STEPS))
-    return history, state_vector(optimizer, "ema")
+    return history, state_vector(optimizer, "fsam_ema")
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw", "rmsprop"])
@@ -50,7 +53,7 @@ def test_equals_one_process_with_the_whole_batch(base, ddp):
         assert identical(history, results[0][0])
         assert identical(ema, results[0][1])
         assert distance(history, alone) < 1e-12
-        assert distance(ema, state_vector(optimizer, "ema")) < 1e-12
+        assert distance(ema, state_vector(optimizer, "fsam_ema")) < 1e-12
 
 
 # ---- m-sharpness -----------------------------------------------------------------------------------------------------
@@ -96,7 +99,7 @@ def local_ascents(base, options, inf_at=None, resume_at=None):
             optimizer.second_step(zero_grad=True)
         history.append(vector(model.parameters()))
         sent.append((first.count, second.count, third.count))
-    return torch.stack(history), state_vector(optimizer, "ema"), sent
+    return torch.stack(history), state_vector(optimizer, "fsam_ema"), sent
 
 
 def simulated(base, options, ranks=2):
@@ -117,7 +120,7 @@ def simulated(base, options, ranks=2):
         for optimizer in optimizers:
             optimizer.second_step(zero_grad=True)
         history.append(vector(models[0].parameters()))
-    return torch.stack(history), [state_vector(optimizer, "ema") for optimizer in optimizers]
+    return torch.stack(history), [state_vector(optimizer, "fsam_ema") for optimizer in optimizers]
 
 
 @pytest.mark.parametrize("source", ["ascent", "descent"])
@@ -166,3 +169,39 @@ def local_ascent_of_shards():
 
 def test_local_ascents_of_sharded_parameters_are_refused():
     run(2, local_ascent_of_shards)
+
+
+# ---- SecondPass ------------------------------------------------------------------------------------------------------
+
+
+def part_of_backward(model, part, count):
+    ((model(part[0]) - part[1]).square().mean() / count).backward()
+
+
+def replayed(count):
+    """Steps of accumulated micro-batches by SecondPass; what each pass sent."""
+    model = DistributedDataParallel(network())
+    optimizer = make(model, "sgd")
+    second_pass, sent = SecondPass(optimizer, model), []
+    for batch in batches(4):
+        parts = [tuple(t.chunk(count)[i] for t in shard(batch)) for i in range(count)]
+        with Collectives() as first:
+            for i, part in enumerate(parts):
+                second_pass.keep(part)
+                with model.no_sync() if i < count - 1 else nullcontext():
+                    part_of_backward(model, part, count)
+        with Collectives() as second:
+            second_pass.run(lambda part: part_of_backward(model, part, count))
+        optimizer.step()
+        optimizer.zero_grad()
+        sent.append((first.count, second.count))
+    return vector(model.parameters()), sent
+
+
+def test_a_replayed_second_pass_exchanges_gradients_once():
+    alone, _ = train_alone(batches(4), "sgd")
+    results = run(2, replayed, 2)
+    for weights, sent in results:
+        assert identical(weights, results[0][0])
+        assert distance(weights, alone[-1]) < 1e-12
+        assert all(first == second > 0 for first, second in sent[1:])

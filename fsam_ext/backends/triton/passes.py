@@ -157,7 +157,7 @@ def restore(params, offsets, backup) -> None:
 @_on_device
 def restore_sgd(
     params, grads, offsets, backup, momentum_buffer, stats, grad_scale, found_inf, lr, lr_tensor,
-    momentum, dampening, weight_decay, nesterov, maximize, rounding,
+    momentum, dampening, weight_decay, nesterov, maximize, rounding, adopts=False,
 ) -> None:  # fmt: skip
     """Pass C with SGD; see :func:`fsam_ext.backends.ops.restore_sgd`."""
     if not params:
@@ -173,6 +173,7 @@ def restore_sgd(
             *call.where, backup, momentum_buffer, stats, grad_scale, found_inf, lr_tensor,
             lr, momentum, dampening, weight_decay, rounding,
             DECAY=weight_decay != 0, NESTEROV=nesterov, MAXIMIZE=maximize,
+            ADOPTS=adopts and unperturbed != call.dtype,
             BLOCK=tile(call.dtype), **_types(call, B=unperturbed),
         )  # fmt: skip
 
@@ -203,7 +204,7 @@ def count_steps(steps, index, corrections, stats, found_inf, lr, lr_tensor, beta
 @_on_device
 def restore_adam(
     params, grads, offsets, backup, exp_avg, exp_avg_sq, corrections, stats, grad_scale, found_inf, lr,
-    lr_tensor, beta1, beta2, eps, weight_decay, decoupled, maximize, rounding,
+    lr_tensor, beta1, beta2, eps, weight_decay, decoupled, maximize, rounding, adopts=False,
 ) -> None:  # fmt: skip
     """Pass C with Adam or AdamW; see :func:`fsam_ext.backends.ops.restore_adam`."""
     if not params:
@@ -222,5 +223,6 @@ def restore_adam(
             *call.where, backup, exp_avg, exp_avg_sq, corrections, stats, grad_scale, found_inf,
             lr_tensor, lr, beta1, beta2, eps, weight_decay, rounding,
             DECAY=weight_decay != 0, DECOUPLED=decoupled, MAXIMIZE=maximize,
+            ADOPTS=adopts and unperturbed != call.dtype,
             BLOCK=tile(call.dtype), **_types(call, B=unperturbed),
         )  # fmt: skip

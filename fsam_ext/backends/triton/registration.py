@@ -31,13 +31,13 @@ SCHEMAS = {
     "restore_sgd": "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, Tensor(c!)? "
     "momentum_buffer, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, float lr, Tensor? "
     "lr_tensor, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, "
-    "Tensor? rounding, Tensor(d!)? journal=None) -> ()",
+    "Tensor? rounding, bool adopts=False, Tensor(d!)? journal=None) -> ()",
     "count_steps": "(Tensor(a!) steps, Tensor index, Tensor(b!) corrections, Tensor? stats, Tensor? found_inf, "
     "float lr, Tensor? lr_tensor, float beta1, float beta2, Tensor(c!)? journal=None) -> ()",
     "restore_adam": "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, Tensor(c!) exp_avg, "
     "Tensor(d!) exp_avg_sq, Tensor corrections, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, "
     "float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool "
-    "decoupled, bool maximize, Tensor? rounding, Tensor(e!)? journal=None) -> ()",
+    "decoupled, bool maximize, Tensor? rounding, bool adopts=False, Tensor(e!)? journal=None) -> ()",
 }
 
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import applies_to_step, divide, double, helper, number, square_root
-from .base import store_weights
+from .base import load_source, store_weights
 from .memory import load, store_where, widen
 from .rounding import rounding_key
 from .rows import address_in, chunk_of_program, is_whole
@@ -14,12 +14,12 @@ from .rows import address_in, chunk_of_program, is_whole
 def _adam_chunk(
     w, g, b, m, v, at, count, applies, scalars, step_size, sqrt_second, key, DECAY: tl.constexpr,
     DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-    B: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    B: tl.constexpr, ADOPTS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     inverse_scale, weight_decay, keep, one_minus_beta1, beta2, one_minus_beta2, eps = scalars
     for start in range(0, count, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
-        stored = load(b, lanes, count, B, WHOLE)
+        stored, kept = load_source(w, b, lanes, count, T, B, ADOPTS, WHOLE)
         weight = widen(stored, B)
         gradient = widen(load(g, lanes, count, T, WHOLE), T) * inverse_scale
         if MAXIMIZE:
@@ -36,7 +36,9 @@ def _adam_chunk(
         new = weight - step_size * divide(new_first, denominator)
         store_where(applies, m, lanes, count, new_first, S, WHOLE)
         store_where(applies, v, lanes, count, new_second, S, WHOLE)
-        store_weights(applies, w, b, at, lanes, count, stored, new, key, T, B, WHOLE)
+        store_weights(
+            applies, w, b, at, lanes, count, stored, kept, new, key, T, B, ADOPTS, WHOLE
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["numel", "offset"])
@@ -46,13 +48,14 @@ def restore_adam(
     lr: tl.float64, beta1: tl.float64, beta2: tl.float64, eps: tl.float64,
     weight_decay: tl.float64, rounding,
     DECAY: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, B: tl.constexpr, ADOPTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Pass C with Adam: w = backup - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
 
     m = m + (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g^2; decoupled: w (1 - lr decay) first.
     Source: torch.optim.Adam and AdamW. Without a backup it starts from w; where it does not apply
-    it only restores. Masters are updated, and w is their rounded copy.
+    it only restores. Masters are updated, and w is their rounded copy; where
+    they adopt, w counts first.
     """
     row, w, g, at, count = chunk_of_program(weights, grads, numel, offset, table, rows_of_chunks, T)
     b = address_in(backup, at, w)
@@ -78,10 +81,10 @@ def restore_adam(
     if is_whole(w | g | b | m | v, count):
         _adam_chunk(
             w, g, b, m, v, at, count, applies, scalars, step_size, sqrt_second, key,
-            DECAY, DECOUPLED, MAXIMIZE, T, S, B, BLOCK, True,
+            DECAY, DECOUPLED, MAXIMIZE, T, S, B, ADOPTS, BLOCK, True,
         )  # fmt: skip
     else:
         _adam_chunk(
             w, g, b, m, v, at, count, applies, scalars, step_size, sqrt_second, key,
-            DECAY, DECOUPLED, MAXIMIZE, T, S, B, BLOCK, False,
+            DECAY, DECOUPLED, MAXIMIZE, T, S, B, ADOPTS, BLOCK, False,
         )  # fmt: skip

@@ -68,7 +68,12 @@ def everywhere(condition, lanes):
 @helper
 def store_where(applies, address, lanes, count, stored, T: tl.constexpr, WHOLE: tl.constexpr):
     """`applies`: one for all lanes."""
-    mask = everywhere(applies, lanes)
+    store_masked(everywhere(applies, lanes), address, lanes, count, stored, T, WHOLE)
+
+
+@helper
+def store_masked(mask, address, lanes, count, stored, T: tl.constexpr, WHOLE: tl.constexpr):
+    """`mask`: one of each lane, for what is rarely stored: one that differs among lanes costs the width."""
     if not WHOLE:
         mask = mask & (lanes < count)
     tl.store(pointer_to(address, T, WHOLE) + lanes, stored, mask=mask)

@@ -7,7 +7,8 @@ from ... import ops
 from .arithmetic import double, helper, is_finite, number
 from .ascent import ascent_scalars, next_average, noise, sum_tile
 from .averages import lanes_of, load_average, scale_address, store_average
-from .memory import load, narrow, store, store_where, widen
+from .base import others_wrote
+from .memory import load, narrow, store, store_masked, store_where, widen
 from .rows import address_in, chunk_of_program, is_whole
 
 EFFECT = tl.constexpr(ops.EFFECT)
@@ -43,6 +44,10 @@ def _perturb_chunk(
             weight = widen(before, T)
         else:
             weight = load(b, lanes, count, B, WHOLE)
+            written = load(w, lanes, count, T, WHOLE)
+            others = others_wrote(weight, written, T)
+            weight = tl.where(others, widen(written, T), weight)
+            store_masked(others, b, lanes, count, weight, B, WHOLE)
             before = narrow(weight, T)
         gradient = widen(load(g, lanes, count, T, WHOLE), T) * scalars[0]
         ema = None
@@ -80,8 +85,8 @@ def perturb(
     """Pass B: backup = w; m = lmbda m + (1 - lmbda) g; w = w + rho d / (norm + eps).
 
     Adaptive: w = w + rho |w|^2 d / (norm + eps). Where the norm is not finite w and m keep their
-    bits. Masters are read in the place of w. Li et al., CVPR 2024 (arXiv 2403.12350), Algorithm 1,
-    and its official code; adaptive: Kwon et al., ICML 2021 (arXiv 2102.11600).
+    bits. Masters adopt w first and are read in its place. Li et al., CVPR 2024 (arXiv 2403.12350),
+    Algorithm 1, and its official code; adaptive: Kwon et al., ICML 2021 (arXiv 2102.11600).
     """
     row, w, g, at, count = chunk_of_program(weights, grads, numel, offset, table, rows_of_chunks, T)
     m = address_in(ema, at, g)

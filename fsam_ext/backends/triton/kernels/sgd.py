@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import applies_to_step, double, helper, number
-from .base import store_weights
+from .base import load_source, store_weights
 from .memory import load, store_where, widen
 from .rounding import rounding_key
 from .rows import address_in, chunk_of_program, is_whole
@@ -14,12 +14,12 @@ from .rows import address_in, chunk_of_program, is_whole
 def _sgd_chunk(
     w, g, b, m, at, count, applies, scalars, key, MOMENTUM: tl.constexpr, DECAY: tl.constexpr,
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-    B: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    B: tl.constexpr, ADOPTS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     inverse_scale, lr, momentum, one_minus_dampening, weight_decay = scalars
     for start in range(0, count, BLOCK):
         lanes = start + tl.arange(0, BLOCK)
-        stored = load(b, lanes, count, B, WHOLE)
+        stored, kept = load_source(w, b, lanes, count, T, B, ADOPTS, WHOLE)
         weight = widen(stored, B)
         gradient = widen(load(g, lanes, count, T, WHOLE), T) * inverse_scale
         if MAXIMIZE:
@@ -36,7 +36,9 @@ def _sgd_chunk(
             else:
                 gradient = updated
         new = weight - lr * gradient
-        store_weights(applies, w, b, at, lanes, count, stored, new, key, T, B, WHOLE)
+        store_weights(
+            applies, w, b, at, lanes, count, stored, kept, new, key, T, B, ADOPTS, WHOLE
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["numel", "offset"])
@@ -45,12 +47,12 @@ def restore_sgd(
     backup, momentum_buffer, stats, grad_scale, found_inf, lr_tensor,
     lr: tl.float64, momentum: tl.float64, dampening: tl.float64, weight_decay: tl.float64, rounding,
     DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, B: tl.constexpr, ADOPTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Pass C with SGD: w = backup; g = g + decay w; v = momentum v + (1 - dampening) g; w -= lr v.
 
     Source: torch.optim.SGD. Without a backup it starts from w; where it does not apply it only
-    restores. Masters are updated, and w is their rounded copy.
+    restores. Masters are updated, and w is their rounded copy; where they adopt, w counts first.
     """
     row, w, g, at, count = chunk_of_program(weights, grads, numel, offset, table, rows_of_chunks, T)
     b = address_in(backup, at, w)
@@ -70,10 +72,10 @@ def restore_sgd(
     if is_whole(w | g | b | m, count):
         _sgd_chunk(
             w, g, b, m, at, count, applies, scalars, key, MOMENTUM, DECAY, NESTEROV, MAXIMIZE,
-            T, S, B, BLOCK, True,
+            T, S, B, ADOPTS, BLOCK, True,
         )  # fmt: skip
     else:
         _sgd_chunk(
             w, g, b, m, at, count, applies, scalars, key, MOMENTUM, DECAY, NESTEROV, MAXIMIZE,
-            T, S, B, BLOCK, False,
+            T, S, B, ADOPTS, BLOCK, False,
         )  # fmt: skip
