@@ -43,11 +43,13 @@ class Side:
         ours: whether it is a FriendlySAM; if not, its average is kept in the optimizer's state between the steps.
         twin: the other side where it tells what there is to edit: ours has state that has seen no gradient, too.
         kept: tensors that an edit has put aside.
+        in_place: gradients are written where the last ones are, as autograd does.
     """
 
     def __init__(self, ours: bool, params: list[Parameter], base: Any, kwargs: dict[str, Any], own: dict[str, Any]):
         self.ours, self.params, self.base, self.kwargs, self.own = ours, params, base, kwargs, own
         self.twin: Side | None = None
+        self.in_place = False
         self.kept: list[tuple[int, str, Tensor]] = []
         half = len(params) // 2
         self.names = [f"p{i}" for i in range(len(params))]
@@ -70,7 +72,10 @@ class Side:
 
     def set_grads(self, grads: list[Tensor | None]) -> None:
         for param, grad in zip(self.params, grads, strict=True):
-            param.grad = None if grad is None else grad.to(param.dtype, copy=True).as_strided(grad.shape, grad.stride())
+            if self.in_place and grad is not None and param.grad is not None:
+                param.grad.copy_(grad)
+            else:
+                param.grad = None if grad is None else grad.clone()
 
     def average(self, grads: list[Tensor | None]) -> None:
         """The definition: the first gradient is the average, and then m = lmbda m + (1 - lmbda) g."""

@@ -246,7 +246,9 @@ def snapshot(optimizer: Any) -> dict[str, Any]:
 def check_refused(error: BaseException, message: str) -> None:
     assert type(error) is ValueError or isinstance(error, ValueError) and type(error).__name__ == "Refused"
     assert "\n" not in message and 30 < len(message) < 600, message
-    assert re.search(r"'\w+'|group|param|state|must be|has format|cannot load this checkpoint", message), message  # it names what
+    assert re.search(r"'\w+'|group|param|state|must be|has format|cannot load this checkpoint", message), (
+        message
+    )  # it names what
 
 
 def check_one(kind: str, saved: Any) -> bool:

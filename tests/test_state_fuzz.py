@@ -7,11 +7,16 @@ the program; ``--seed`` and its number repeat it.
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import Parameter
+
+from fsam_ext import flatten_parameters
+from fsam_ext.step import held
 
 from . import state_programs as programs
 from .state_programs import EMA, NUMBERS, SHAPED, Side
@@ -45,7 +50,11 @@ class Program:
         self.ours = Side(True, [Parameter(w.clone()) for w in weights], base, kwargs, own)
         self.theirs = Side(False, [Parameter(w.clone()) for w in weights], base, kwargs, own)
         self.ours.twin = self.theirs
-        self.log.append(f"{base.__name__} {kwargs} {own} {self.dtype} {shapes}")
+        # Parameters may be held by C++, and lie one after the other with their gradients.
+        self.fewest, self.ours.in_place, flatten = rng.choice((1, sys.maxsize)), rng.random() < 0.5, rng.random() < 0.25
+        if flatten:
+            flatten_parameters(nn.ParameterList(self.ours.params), grads=True)
+        self.log.append(f"{base.__name__} {kwargs} {own} {self.dtype} {shapes} {flatten=}")
 
     # ---- Edits -------------------------------------------------------------------------------------------------------
 
@@ -185,8 +194,10 @@ class Program:
 
     def run(self, steps: int = STEPS) -> int:
         try:
-            for _ in range(steps):
-                self.step()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(held, "FEWEST", self.fewest)
+                for _ in range(steps):
+                    self.step()
         except BaseException as error:
             text = "\n".join(self.log)
             raise AssertionError(f"program {self.seed}\n{text}\n{type(error).__name__}: {error}") from error
