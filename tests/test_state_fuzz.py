@@ -51,7 +51,8 @@ class Program:
         self.theirs = Side(False, [Parameter(w.clone()) for w in weights], base, kwargs, own)
         self.ours.twin = self.theirs
         # Parameters may be held by C++, and lie one after the other with their gradients.
-        self.fewest, self.ours.in_place, flatten = rng.choice((1, sys.maxsize)), rng.random() < 0.5, rng.random() < 0.25
+        self.fewest, self.ours.in_place = rng.choice((1, sys.maxsize)), rng.random() < 0.5
+        self.flatten = flatten = rng.random() < 0.25
         if flatten:
             flatten_parameters(nn.ParameterList(self.ours.params), grads=True)
         self.log.append(f"{base.__name__} {kwargs} {own} {self.dtype} {shapes} {flatten=}")
@@ -67,6 +68,8 @@ class Program:
             base = self.ours.base
             i = rng.randrange(len(self.ours.params))
             name = rng.choice((*SHAPED[base], *NUMBERS.get(base, ()), EMA))
+            if self.flatten and name == "step" and "written" in edit.__name__:  # docs/design.md: rows share a count
+                edit = programs.replaced
             self.log.append(f"  {moment}: {edit.__name__} {i} {name}")
             return lambda side: edit(side, i, name, random.Random(seed)), (i, name)
         edits = programs.STATE_EDITS
