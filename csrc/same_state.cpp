@@ -1,5 +1,7 @@
 // Whether an optimizer's ``state``, a dict of dicts, holds just the objects that it held before, each tensor where it
 // was: fsam_ext/state/ownership.py, NOTE [identity, never equality]. Called through ctypes, with the GIL held.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include <cstdint>
 
 // All that is needed of CPython, from its stable ABI. The process that loads this library has it; one that does not,
@@ -8,35 +10,24 @@ extern "C" {
 struct _object;
 using PyObject = _object;
 __attribute__((weak)) int PyDict_Next(PyObject* dict, intptr_t* position, PyObject** key, PyObject** value);
-__attribute__((weak)) void PyErr_Clear();
 }
 
 namespace {
 
-// What DLPack's C interface tells of a tensor without owning it (dlpack.h, DLTensor).
-struct Described {
-  char* data;
-  int32_t device[2];
-  int32_t dimensions;
-  uint8_t dtype[4];
-  const int64_t* shape;
-  const int64_t* strides;
-  uint64_t byte_offset;
-};
-using Describe = int (*)(PyObject* tensor, Described* out);
-
 // Address, shape and strides as one number that is never 0.
-uint64_t place_of(PyObject* tensor, Describe describe) {
-  Described it;
-  if (describe(tensor, &it) != 0) {
-    PyErr_Clear();
+uint64_t place_of(AtenTensorHandle tensor) {
+  void* data = nullptr;
+  int64_t dimensions = 0, *sizes = nullptr, *strides = nullptr;
+  if (aoti_torch_get_data_ptr(tensor, &data) != AOTI_TORCH_SUCCESS ||
+      aoti_torch_get_dim(tensor, &dimensions) != AOTI_TORCH_SUCCESS ||
+      aoti_torch_get_sizes(tensor, &sizes) != AOTI_TORCH_SUCCESS ||
+      aoti_torch_get_strides(tensor, &strides) != AOTI_TORCH_SUCCESS)
     return 1;
-  }
-  uint64_t mixed = reinterpret_cast<uint64_t>(it.data) + it.byte_offset;
+  uint64_t mixed = reinterpret_cast<uint64_t>(data);
   const auto mix = [&](int64_t number) { mixed = (mixed ^ static_cast<uint64_t>(number)) * 0x9E3779B97F4A7C15; };
-  for (int32_t i = 0; i < it.dimensions; ++i) {
-    mix(it.shape[i]);
-    mix(it.strides == nullptr ? -1 : it.strides[i]);
+  for (int64_t i = 0; i < dimensions; ++i) {
+    mix(sizes[i]);
+    mix(strides[i]);
   }
   return mixed | 1;
 }
@@ -45,9 +36,10 @@ uint64_t place_of(PyObject* tensor, Describe describe) {
 
 extern "C" {
 // `known`: the address of each key, followed by those of the names and values of its entry and, after each value, its
-// place: 0 where it is no tensor. `record` fills in the places that are not 0.
+// place: 0 where it is no tensor. `record` fills in the places that are not 0. `handle`: where in a tensor's PyObject
+// the at::Tensor is, in bytes.
 __attribute__((visibility("default"))) int fsam_same_state(PyObject* state, uint64_t* known, int64_t count,
-                                                           Describe describe, int record) {
+                                                           int64_t handle, int record) {
   uint64_t* const end = known + count;
   const auto is_next = [&](PyObject* object) { return known != end && reinterpret_cast<uint64_t>(object) == *known++; };
   PyObject *key, *entry, *name, *value;
@@ -58,7 +50,7 @@ __attribute__((visibility("default"))) int fsam_same_state(PyObject* state, uint
       if (!is_next(name) || !is_next(value) || known == end) return false;
       uint64_t& place = *known++;
       if (place == 0) continue;
-      const uint64_t now = place_of(value, describe);
+      const uint64_t now = place_of(reinterpret_cast<AtenTensorHandle>(reinterpret_cast<char*>(value) + handle));
       if (record) place = now;
       if (place != now) return false;
     }

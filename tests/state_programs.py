@@ -58,7 +58,7 @@ class Side:
 
     def make(self, params: Any) -> Any:
         if self.ours:
-            return FriendlySAM(params, self.base, rho=0.0, **self.own, **self.kwargs)
+            return FriendlySAM(params, self.base, **({"rho": 0.0} | self.own), **self.kwargs)
         return self.base(params, foreach=False, **self.kwargs)
 
     def entry(self, i: int) -> dict[str, Any]:
@@ -188,6 +188,10 @@ def given_other_memory(side, i, name, rng):
     value.data = value.data.clone() if rng.random() < 0.5 else values_like(value, name, rng)
 
 
+def in_other_memory(side, i, name, rng):
+    side.entry(i)[name].data = side.entry(i)[name].data.clone()
+
+
 def given_other_memory_with_the_old_one_kept(side, i, name, rng):
     value = side.entry(i)[name]
     side.kept.append((i, name, value.data))
@@ -261,6 +265,12 @@ def all_cleared(side, rng):
 def state_replaced(side, rng):
     old = side.optimizer.state
     side.optimizer.state = defaultdict(dict, old) if rng.random() < 0.7 else defaultdict(dict)
+
+
+def entry_copied(side, rng):
+    i = rng.randrange(len(side.params))
+    if side.entry(i):
+        side.optimizer.state[side.params[i]] = copy.deepcopy(side.entry(i))
 
 
 def entry_replaced(side, rng):

@@ -91,6 +91,19 @@ def test_a_tensor_that_somebody_kept_when_it_was_replaced_is_theirs():
     torch.testing.assert_close(optimizer.state[params[0]]["momentum_buffer"], 0.9 * before + gradient)
 
 
+def test_an_int8_average_that_lies_with_gaps_in_memory_is_read_as_it_is():
+    """A slice of a larger tensor, as tools that pack state make it."""
+
+    def edit(optimizer):
+        for entry in optimizer.state.values():
+            wide = torch.full((*entry["fsam_ema"].shape, 3), 9, dtype=torch.int8)
+            wide[..., 1] = entry["fsam_ema"]
+            entry["fsam_ema"] = wide[..., 1]
+
+    options = {"shapes": ((20, 30), (7,), ()), "ema_dtype": torch.int8}
+    assert all(map(identical, trained(edit, **options), trained(**options)))
+
+
 @pytest.mark.parametrize("keep", (False, True))
 def test_a_tensor_that_was_given_other_memory_counts(keep):
     """``tensor.data = ...`` leaves it the same object; whoever keeps the old memory hides that it was left."""

@@ -19,6 +19,7 @@ from fsam_ext import flatten_parameters
 from fsam_ext.step import held
 
 from . import state_programs as programs
+from .conformance import identical
 from .state_programs import EMA, NUMBERS, SHAPED, Side
 
 BASES: list[tuple[Any, dict[str, Any]]] = [
@@ -205,6 +206,113 @@ class Program:
             text = "\n".join(self.log)
             raise AssertionError(f"program {self.seed}\n{text}\n{type(error).__name__}: {error}") from error
         return steps
+
+
+# ---- Edits that change nothing ---------------------------------------------------------------------------------------
+
+# Every way to keep an average, weights and state: what is fused into one pass with them has to go on to the bit.
+KEPT: list[tuple[Any, torch.dtype, dict[str, Any]]] = [
+    (torch.optim.AdamW, torch.float32, {"lr": 0.05, "ema_dtype": torch.int8}),
+    (torch.optim.SGD, torch.float32, {"lr": 0.05, "momentum": 0.9, "ema_dtype": torch.bfloat16, "adaptive": True}),
+    (torch.optim.AdamW, torch.bfloat16, {"lr": 0.05, "master_weights": True}),
+    (torch.optim.SGD, torch.bfloat16, {"lr": 0.05, "momentum": 0.9, "master_weights": True, "ema_dtype": torch.int8}),
+    (torch.optim.AdamW, torch.bfloat16, {"lr": 0.05, "stochastic_rounding": True}),
+    (torch.optim.SGD, torch.float16, {"lr": 0.05, "momentum": 0.9, "stochastic_rounding": True, "every": 2}),
+    (torch.optim.Adam, torch.float64, {"lr": 0.05, "ema": "updated"}),
+    (torch.optim.SGD, torch.float32, {"lr": 0.05, "momentum": 0.9, "ema_source": "descent", "every": 2}),
+    (torch.optim.NAdam, torch.float32, {"lr": 0.05, "ema_dtype": torch.int8, "foreach": False}),
+    (torch.optim.RMSprop, torch.float32, {"lr": 0.05, "momentum": 0.5, "foreach": False}),
+]
+EQUAL_TENSORS = (
+    programs.replaced_by_equal,
+    programs.with_gaps,
+    programs.moved_through_a_file,
+    programs.in_other_memory,
+)
+EQUAL_STATE = (
+    *(programs.all_through_a_file, programs.all_given_other_memory, programs.entry_in_another_order),
+    *(programs.state_in_another_order, programs.entry_copied),
+)
+EQUAL_AT_REST = (programs.all_moved_away_and_back, programs.saved_and_loaded)
+EQUAL_BETWEEN = (programs.loaded_into_a_fresh_one, programs.copied, programs.weights_in_other_memory)
+
+
+class Unchanged:
+    """Two runs of the same steps, with edits of one that leave every value as it is."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng, self.log = random.Random(seed), [f"program {seed}"]
+        base, dtype, options = self.rng.choice(KEPT)
+        shapes = [self.rng.choice(programs.SHAPES) for _ in range(self.rng.randrange(1, 5))]
+        generator = torch.Generator().manual_seed(seed)
+        weights = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        sides = [Side(True, [Parameter(w.clone()) for w in weights], base, options, {"rho": 0.1}) for _ in "ab"]
+        self.generator, (self.edited, self.plain) = generator, sides
+        self.log.append(f"{base.__name__} {options} {dtype} {shapes}")
+
+    def edit(self, *kinds: Any) -> None:
+        if self.rng.random() < 0.5:
+            edit, seed = self.rng.choice([one for kind in kinds for one in kind]), self.rng.randrange(2**31)
+            i = self.rng.randrange(len(self.edited.params))
+            self.log.append(f"  {edit.__name__} {i}")
+            if edit not in EQUAL_TENSORS:
+                edit(self.edited, random.Random(seed))
+            elif names := [name for name in self.edited.entry(i) if self.edited.has(i, name)]:
+                edit(self.edited, i, self.rng.choice(names), random.Random(seed))
+
+    def step(self) -> None:
+        self.edit(EQUAL_TENSORS, EQUAL_STATE, EQUAL_AT_REST, EQUAL_BETWEEN)
+        ascends, block = self.plain.optimizer.ascends, self.rng.random() < 0.5
+        self.log.append("block" if block else "by hand")
+        if ascends:
+            self.set_grads()
+            for side in (self.edited, self.plain):
+                side.optimizer.first_step() if not block else self.perturb(side)
+            self.edit(EQUAL_TENSORS, EQUAL_STATE, *((EQUAL_AT_REST,) if block else ()))
+        self.set_grads()
+        for side in (self.edited, self.plain):
+            side.optimizer.step()
+        for i, (mine, other) in enumerate(zip(self.edited.params, self.plain.params, strict=True)):
+            assert identical(mine.detach(), other.detach()), f"parameter {i}"
+            assert self.edited.entry(i).keys() == self.plain.entry(i).keys(), f"names of parameter {i}"
+            for name, value in self.plain.entry(i).items():
+                if isinstance(value, torch.Tensor):
+                    mine = self.edited.entry(i)[name].clone(memory_format=torch.contiguous_format)
+                    assert identical(mine, value), f"{name} of parameter {i}"
+
+    def perturb(self, side: Side) -> None:
+        with side.optimizer.perturbed(zero_grad=False):
+            pass
+
+    def set_grads(self) -> None:
+        drop = self.rng.random() < 0.3
+        grads = [
+            None
+            if drop and self.rng.random() < 0.4
+            else torch.randn(p.shape, generator=self.generator, dtype=torch.float64).to(p.dtype)
+            for p in self.plain.params
+        ]
+        for side in (self.edited, self.plain):
+            side.set_grads(grads)
+
+    def run(self, steps: int = STEPS) -> int:
+        try:
+            for _ in range(steps):
+                self.step()
+        except BaseException as error:
+            text = "\n".join(self.log)
+            raise AssertionError(f"{text}\n{type(error).__name__}: {error}") from error
+        return steps
+
+
+@pytest.mark.filterwarnings("ignore:rounding to")
+@pytest.mark.parametrize("part", range(4))
+def test_edits_that_change_nothing_change_no_bit(part, request):
+    seed = 1000 * request.config.fsam_seed + 25 * part
+    assert sum(Unchanged(seed + i).run() for i in range(25)) == 600
+
+
+# ---- Edits that change something -------------------------------------------------------------------------------------
 
 
 def run(first: int, count: int) -> int:

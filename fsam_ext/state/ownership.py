@@ -69,14 +69,14 @@ class Watch:
         self._known = array("Q", self._marks(state, _is_somewhere if in_c else _place))
         self._address, self._count = self._known.buffer_info()
         if in_c:
-            _SAME_STATE(state, self._address, self._count, _DESCRIBE, 1)
+            _SAME_STATE(state, self._address, self._count, _HANDLE, 1)
 
     def holds(self, state: Any) -> bool:
         """Whether ``state`` is what it was."""
         if self._lost:
             return False
         if self._names is None and _SAME_STATE is not None:
-            return bool(_SAME_STATE(state, self._address, self._count, _DESCRIBE, 0))
+            return bool(_SAME_STATE(state, self._address, self._count, _HANDLE, 0))
         return self._known == array("Q", self._marks(state, _place))
 
     def _marks(self, state: Any, place: Callable[[Any], int]) -> Iterator[int]:
@@ -108,23 +108,27 @@ def _place(value: Any) -> int:
     return hash((address(value), value.shape, value.stride())) & (2**64 - 1) | 1
 
 
-def _same_state() -> tuple[Any, int]:
-    """The same comparison in C, where it was built, a tenth of the time; and what tells it where a tensor lies."""
-    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if _library.CPU_REASON is not None or capsule is None:
-        return None, 0
+def _handle_offset() -> int | None:
+    """Where in a tensor's Python object the at::Tensor is, in bytes; None where it is not where it has been."""
+    tensor = torch.empty(0, device="cpu")
+    words = (ctypes.c_void_p.from_address(id(tensor) + offset).value for offset in _OFFSETS)
+    return next((offset for offset, word in zip(_OFFSETS, words) if word == getattr(tensor, "_cdata", None)), None)
+
+
+# After the head of the object; or after that and a flag.
+_OFFSETS = (object.__basicsize__, object.__basicsize__ + 8)
+
+
+def _same_state() -> Any:
+    """The same comparison in C, where it was built: a tenth of the time."""
+    if _library.CPU_REASON is not None or _HANDLE is None:
+        return None
     function = getattr(ctypes.PyDLL(str(_library.LIBRARY_DIR / "_C.abi3.so")), "fsam_same_state", None)
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.argtypes, pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
-    table = ctypes.cast(pointer(capsule, b"dlpack_exchange_api"), ctypes.POINTER(ctypes.c_void_p))
-    major = ctypes.cast(table, ctypes.POINTER(ctypes.c_uint32))[0]
-    if function is None or major != 1:
-        return None, 0
-    function.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
-    function.restype = ctypes.c_int
-    return function, table[_DESCRIBES]
+    if function is not None:
+        function.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
+        function.restype = ctypes.c_int
+    return function
 
 
-# The place of DLTensorFromPyObjectNoSync in DLPack's table: after the version, the table before, and three others.
-_DESCRIBES = 5
-_SAME_STATE, _DESCRIBE = _same_state()
+_HANDLE = _handle_offset()
+_SAME_STATE = _same_state()

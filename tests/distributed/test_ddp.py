@@ -36,7 +36,7 @@ def trained(base, options, ddp):
     model = DistributedDataParallel(network(), **ddp)
     optimizer = make(model, base, **options)
     history = train(model, optimizer, batches(STEPS))
-    return history, state_vector(optimizer, "ema")
+    return history, state_vector(optimizer, "fsam_ema")
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw", "rmsprop"])
@@ -50,7 +50,7 @@ def test_equals_one_process_with_the_whole_batch(base, ddp):
         assert identical(history, results[0][0])
         assert identical(ema, results[0][1])
         assert distance(history, alone) < 1e-12
-        assert distance(ema, state_vector(optimizer, "ema")) < 1e-12
+        assert distance(ema, state_vector(optimizer, "fsam_ema")) < 1e-12
 
 
 # ---- m-sharpness -----------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def local_ascents(base, options, inf_at=None, resume_at=None):
             optimizer.second_step(zero_grad=True)
         history.append(vector(model.parameters()))
         sent.append((first.count, second.count, third.count))
-    return torch.stack(history), state_vector(optimizer, "ema"), sent
+    return torch.stack(history), state_vector(optimizer, "fsam_ema"), sent
 
 
 def simulated(base, options, ranks=2):
@@ -117,7 +117,7 @@ def simulated(base, options, ranks=2):
         for optimizer in optimizers:
             optimizer.second_step(zero_grad=True)
         history.append(vector(models[0].parameters()))
-    return torch.stack(history), [state_vector(optimizer, "ema") for optimizer in optimizers]
+    return torch.stack(history), [state_vector(optimizer, "fsam_ema") for optimizer in optimizers]
 
 
 @pytest.mark.parametrize("source", ["ascent", "descent"])

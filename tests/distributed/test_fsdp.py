@@ -50,7 +50,7 @@ def trained(base, options, fsdp):
     model = sharded(**fsdp)
     optimizer = make(model, base, **options)
     history = train(model, optimizer, batches(STEPS))
-    return history, state_vector(optimizer, "ema"), {name: float(x) for name, x in optimizer.stats().items()}
+    return history, state_vector(optimizer, "fsam_ema"), {name: float(x) for name, x in optimizer.stats().items()}
 
 
 @pytest.mark.parametrize("reshard", [True, False], ids=["reshard", "keep"])
@@ -62,7 +62,7 @@ def test_equals_one_process_with_the_whole_batch(base, world, reshard):
     for history, ema, stats in results:
         assert identical(history, results[0][0])
         assert distance(history, alone) < 1e-12
-        assert distance(ema, state_vector(optimizer, "ema")) < 1e-12
+        assert distance(ema, state_vector(optimizer, "fsam_ema")) < 1e-12
         assert stats == pytest.approx({name: float(x) for name, x in optimizer.stats().items()}, rel=1e-10)
 
 
@@ -71,7 +71,7 @@ def hybrid(base):
     model = sharded(mesh)
     optimizer = make(model, base)
     history = train(model, optimizer, batches(STEPS))
-    return history, state_vector(optimizer, "ema"), float(optimizer.stats()["noise_norm"])
+    return history, state_vector(optimizer, "fsam_ema"), float(optimizer.stats()["noise_norm"])
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
@@ -79,7 +79,7 @@ def test_hybrid_sharding(base):
     alone, optimizer = train_alone(batches(STEPS), base)
     for history, ema, norm in run(4, hybrid, base):
         assert distance(history, alone) < 1e-12
-        assert distance(ema, state_vector(optimizer, "ema")) < 1e-12
+        assert distance(ema, state_vector(optimizer, "fsam_ema")) < 1e-12
         assert norm == pytest.approx(float(optimizer.stats()["noise_norm"]), rel=1e-10)
 
 
@@ -107,7 +107,7 @@ def tensor_parallel(base, options, shards):
     optimizer = make(model, base, **options)
     history = train(model, optimizer, batches(STEPS), part=lambda batch: shard(batch, data_mesh))
     lies_on = {str(distributed.sharding(p) and distributed.sharding(p).mesh.ndim) for p in model.parameters()}
-    return history, state_vector(optimizer, "ema"), float(optimizer.stats()["noise_norm"]), lies_on
+    return history, state_vector(optimizer, "fsam_ema"), float(optimizer.stats()["noise_norm"]), lies_on
 
 
 @pytest.mark.parametrize("options", [{}, {"adaptive": True, "sigma": 0.9}], ids=str)
@@ -120,7 +120,7 @@ def test_mixed_meshes_and_replicated_parameters(shards, base, options):
         assert lies_on == ({"1", "2"} if shards else {"None", "1"})
         assert identical(history, results[0][0])
         assert distance(history, alone) < 1e-12
-        assert distance(ema, state_vector(optimizer, "ema")) < 1e-12
+        assert distance(ema, state_vector(optimizer, "fsam_ema")) < 1e-12
         assert norm == pytest.approx(float(optimizer.stats()["noise_norm"]), rel=1e-10)
 
 
@@ -188,7 +188,7 @@ def loads_between():
     optimizer = make(model, "adamw")
     optimizer.load_state_dict(alone.state_dict())
     for p, q in zip(model.parameters(), plain.parameters()):
-        for name in ("ema", "exp_avg", "exp_avg_sq"):
+        for name in ("fsam_ema", "exp_avg", "exp_avg_sq"):
             assert isinstance(optimizer.state[p][name], DTensor)
             assert identical(whole(optimizer.state[p][name]), alone.state[q][name])
     copy = network()

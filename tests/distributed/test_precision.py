@@ -74,8 +74,8 @@ def test_checkpoints_keep_dtypes_and_bits(layout, options, tmp_path):
     results = run(2, saved_and_resumed, str(tmp_path / "checkpoint"), layout, options)
     for dtypes, weights in results:
         assert identical(weights, results[0][1])
-        assert dtypes["ema"] == ({torch.bfloat16} if layout == "masters" else {torch.float32})
-        assert ("master" in dtypes) == (layout == "masters")
+        assert dtypes["fsam_ema"] == ({torch.bfloat16} if layout == "masters" else {torch.float32})
+        assert ("fsam_master" in dtypes) == (layout == "masters")
 
 
 def what_rounding_leaves(reduce_dtype):
