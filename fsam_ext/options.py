@@ -55,6 +55,22 @@ def defaults(base: Optimizer, own: dict[str, Any], layout: tuple[Any, ...]) -> d
     return {**our_group(base.defaults), **own, **kept, STEP: 0, FORMAT: CURRENT_FORMAT}
 
 
+def is_finite(value: Any) -> bool:
+    """Whether this is a number that a float holds."""
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def is_switch(value: Any) -> bool:
+    """Whether this is True or False; 0 and 1 are: the official script says adaptive=0."""
+    try:
+        return value in (False, True)
+    except (ValueError, RuntimeError):  # arrays and tensors of several elements
+        return False
+
+
 def check_options(group: dict[str, Any]) -> None:
     """Raises ValueError for an option of F-SAM that cannot be used."""
 
@@ -67,7 +83,7 @@ def check_options(group: dict[str, Any]) -> None:
                     f"{tuple(value.shape)} and {value.dtype}"
                 )
             return
-        if not isinstance(value, Real) or not math.isfinite(value) or not holds(value):
+        if not is_finite(value) or not holds(value):
             raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
     number("rho", lambda v: v >= 0, "a finite number of at least 0")
@@ -75,7 +91,7 @@ def check_options(group: dict[str, Any]) -> None:
     number("lmbda", lambda v: 0 <= v < 1, "a number in [0, 1)")
     number("perturb_eps", lambda v: v >= 0, "a finite number of at least 0")
     for name in ("adaptive", "master_weights", "stochastic_rounding"):
-        if group[name] not in (False, True):  # 0 and 1 are: the official script says adaptive=0
+        if not is_switch(group[name]):
             raise ValueError(f"{name} must be True or False, not {group[name]!r}")
     if group["ema"] not in ("previous", "updated"):
         raise ValueError(f"ema must be 'previous' (the official code) or 'updated' (the paper), not {group['ema']!r}")
@@ -90,7 +106,7 @@ def check_options(group: dict[str, Any]) -> None:
                 f"ema_dtype={dtype} cannot follow an average with lmbda={group['lmbda']}: its updates are smaller than "
                 f"what eight bits tell apart; use lmbda <= {most}, or ema_dtype=torch.float32"
             )
-    if group["forward_dtype"] not in FORWARD:
+    if group["forward_dtype"] not in list(FORWARD):
         raise ValueError(
             "forward_dtype must be torch.bfloat16 or torch.float16, or None where forward passes use the weights as "
             f"they are, not {group['forward_dtype']!r}"
@@ -113,7 +129,7 @@ def check_options(group: dict[str, Any]) -> None:
 def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.is_floating_point()
-    return isinstance(value, Real) and math.isfinite(value)
+    return is_finite(value)
 
 
 def check_base_options(group: dict[str, Any], number: int) -> None:
@@ -133,7 +149,7 @@ def check_base_options(group: dict[str, Any], number: int) -> None:
     if not all(0 <= float(beta) < 1 for beta in betas):
         refuse("betas", "two numbers in [0, 1)")
     for name in ("maximize", "nesterov", "decoupled_weight_decay"):
-        if group.get(name, False) not in (False, True):
+        if not is_switch(group.get(name, False)):
             refuse(name, "True or False")
 
 
@@ -178,6 +194,9 @@ def check_fused(group: dict[str, Any], number: int, base: FusedBase | GenericBas
     """Raises ValueError for options of the base that pass C, which was chosen for it, cannot take."""
     if not isinstance(base, FusedBase):
         return
+    for name in ("amsgrad", "differentiable"):
+        if not is_switch(group.get(name, False)):
+            raise ValueError(f"{name} of group {number} must be True or False, not {group[name]!r}")
     if not is_fused(type(base.optimizer), group):
         raise ValueError(
             f"group {number} asks {type(base.optimizer).__name__} for amsgrad or differentiable, which this optimizer "

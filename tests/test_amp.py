@@ -119,6 +119,43 @@ def test_an_overflow_skips_the_step_and_backs_off_once(base, poison):
     assert all(map(identical, everything(optimizer, params), everything(plain, twins)))
 
 
+AFTERWARDS = {
+    "clipped": lambda params: [
+        torch.nn.utils.clip_grad_norm_(p, 1.0) for p in params if p.grad.nan_to_num_(7.0, 7.0).any()
+    ],
+    "clamped": lambda params: [p.grad.nan_to_num_().clamp_(-1, 1) for p in params],
+    "sign": lambda params: [p.grad.nan_to_num_().sign_() for p in params],
+    "replaced": lambda params: [setattr(p, "grad", torch.ones_like(p)) for p in params],
+}
+
+
+@pytest.mark.parametrize("afterwards", AFTERWARDS)
+@pytest.mark.parametrize("value", (math.inf, -math.inf, math.nan))
+@pytest.mark.parametrize("base", [SGD, AdamW, RMSprop])
+def test_an_overflow_of_the_first_pass_counts_whatever_is_done_to_the_gradient_afterwards(base, value, afterwards):
+    params, optimizer = make(base)
+    scaler = scaler_of()
+    steps = gradients(4)
+    for grads in steps[:2]:
+        scaled_step(optimizer, params, scaler, grads)
+    before = [value.detach().clone() for value in everything(optimizer, params)]
+    scale = scaler.get_scale()
+    set_gradients(params, steps[2][0], scale)
+    params[1].grad[3] = value
+    scaler.unscale_(optimizer)
+    AFTERWARDS[afterwards](params)
+    assert all(p.grad.isfinite().all() for p in params)
+    optimizer.first_step(grad_scaler=scaler)
+    assert bool(optimizer.stats()["found_inf"])
+    set_gradients(params, steps[2][1], scale)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(map(identical, before, everything(optimizer, params)))
+    assert scaler.get_scale() == scale / 2
+    scaled_step(optimizer, params, scaler, steps[3])
+    assert not identical(params[0], before[0]) and scaler.get_scale() == scale / 2
+
+
 def test_a_scale_that_is_too_large_comes_down_and_training_goes_on():
     model = nn.Linear(20, 20).half()
     params = list(model.parameters())

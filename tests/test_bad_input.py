@@ -58,6 +58,98 @@ def test_an_option_edited_to_nonsense():
     assert identical(params[0], before) and not optimizer.state
 
 
+@pytest.mark.parametrize("seed", (2**63, -(2**63) - 1, "a", 1.5, True, None))
+def test_a_rounding_seed_is_checked_by_the_constructor(seed):
+    with pytest.raises(ValueError, match="rounding_seed must be an integer of 64 bits, not"):
+        FriendlySAM(model_of(3), lr=0.1, rounding_seed=seed)
+
+
+EDITS = [
+    (torch.float32, torch.optim.Adam, {"amsgrad": True}, "group 0 asks Adam for amsgrad"),
+    (torch.float32, torch.optim.AdamW, {"differentiable": True}, "group 0 asks AdamW for amsgrad or differentiable"),
+    (
+        torch.float32,
+        torch.optim.Adam,
+        {"amsgrad": torch.ones(2)},
+        "amsgrad of group 0 must be True or False, not tensor",
+    ),
+    (torch.bfloat16, torch.optim.RMSprop, {"master_weights": True}, "master_weights needs SGD, Adam or AdamW"),
+    (
+        torch.bfloat16,
+        torch.optim.RMSprop,
+        {"stochastic_rounding": True},
+        "stochastic_rounding needs SGD, Adam or AdamW",
+    ),
+    (torch.float32, torch.optim.SGD, {"master_weights": True}, "master_weights is for bfloat16 and float16 parameters"),
+    (torch.float64, torch.optim.SGD, {"ema_dtype": torch.int8}, "is float64, which ema_dtype=torch.int8 does not go"),
+    (
+        torch.float64,
+        torch.optim.SGD,
+        {"ema_dtype": torch.bfloat16},
+        "is float64, which ema_dtype=torch.bfloat16 does not",
+    ),
+    (
+        torch.float64,
+        torch.optim.SGD,
+        {"forward_dtype": torch.bfloat16},
+        "is float64, which forward_dtype=torch.bfloat16",
+    ),
+    (torch.float32, torch.optim.SGD, {"forward_dtype": []}, "forward_dtype must be torch.bfloat16 or torch.float16"),
+    (torch.float32, torch.optim.SGD, {"lmbda": float("nan")}, r"lmbda must be a number in \[0, 1\), not nan"),
+    (torch.float32, torch.optim.SGD, {"sigma": 10**400}, "sigma must be a finite number"),
+    (torch.float32, torch.optim.SGD, {"momentum": "much"}, "momentum of group 0 must be a finite number, not 'much'"),
+    (
+        torch.float32,
+        torch.optim.SGD,
+        {"nesterov": torch.ones(2)},
+        "nesterov of group 0 must be True or False, not tensor",
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", ("ascent", "plain step", "update"))
+@pytest.mark.parametrize("dtype, base, edit, message", EDITS)
+def test_an_option_edited_in_training_is_checked_in_every_step_before_anything_is_written(
+    dtype, base, edit, message, kind
+):
+    param = nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = FriendlySAM([param], base, lr=0.1, every=2)
+
+    def half(act):
+        param.grad = torch.ones_like(param)
+        act()
+
+    half(optimizer.first_step)
+    half(optimizer.second_step)
+    half(optimizer.step)
+    if kind == "plain step":
+        half(optimizer.first_step)
+        half(optimizer.second_step)
+    elif kind == "update":
+        half(optimizer.first_step)
+    before = [param.detach().clone(), *(value.clone() for value in optimizer.state[param].values())]
+    number, known = optimizer.param_groups[0]["fsam_step"], dict(optimizer.param_groups[0])
+    optimizer.param_groups[0].update(edit)
+    with pytest.raises((ValueError, TypeError), match=message):
+        half(optimizer.first_step if kind == "ascent" else optimizer.step)
+    assert all(map(identical, before, [param.detach(), *optimizer.state[param].values()]))
+    assert optimizer.param_groups[0]["fsam_step"] == number
+    optimizer.param_groups[0].clear()
+    optimizer.param_groups[0].update(known)
+    half(optimizer.first_step if kind == "ascent" else optimizer.step)  # mended, it goes on
+
+
+def test_float32_gradients_of_a_16_bit_parameter_are_refused_with_their_cause():
+    param = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    param.grad_dtype = torch.float32
+    param.grad = torch.ones(4)
+    with pytest.raises(
+        RuntimeError, match="is torch.float32, which its grad_dtype allows.*do not set grad_dtype, or keep"
+    ):
+        FriendlySAM([param], lr=0.1).first_step()
+    assert param.eq(1).all()
+
+
 def test_unknown_option():
     with pytest.raises(TypeError, match="bananas"):
         FriendlySAM(model_of(3), SGD, bananas=3)

@@ -114,6 +114,51 @@ def test_a_checkpoint_of_the_plain_torch_optimizer(base):
     assert worst(plain, mine) < 1e-14
 
 
+@pytest.mark.parametrize("base, other", [(AdamW, torch.optim.Adam), (torch.optim.Adam, AdamW)])
+def test_a_checkpoint_of_adam_in_a_run_with_adamw_has_the_decay_that_torchs_has(base, other):
+    """AdamW.__setstate__ sets it, whatever the checkpoint says."""
+    source = nn.Parameter(torch.ones(3))
+    donor = other([source], lr=0.1, weight_decay=0.5)
+    source.grad = torch.ones(3)
+    donor.step()
+    ours, theirs = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer, plain = FriendlySAM([ours], base, rho=0.0, lr=0.1), base([theirs], lr=0.1)
+    for one in (optimizer, plain):
+        one.load_state_dict(copy.deepcopy(donor.state_dict()))
+    for _ in range(5):
+        for half in (optimizer.first_step, optimizer.second_step):
+            ours.grad = torch.full((3,), 0.5)
+            half()
+        theirs.grad = torch.full((3,), 0.5)
+        plain.step()
+    names = ("decoupled_weight_decay", "weight_decay", "lr")
+    assert [optimizer.param_groups[0][n] for n in names] == [plain.param_groups[0][n] for n in names]
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("ema_dtype", (None, torch.bfloat16, torch.int8))
+def test_an_average_outlives_steps_with_sigma_0_and_a_checkpoint_among_them(ema_dtype):
+    def run(resume):
+        generator = torch.Generator().manual_seed(0)
+        param = nn.Parameter(torch.zeros(300))
+        optimizer = FriendlySAM([param], SGD, lr=0.1, ema_dtype=ema_dtype)
+        seen = []
+        for sigma in (1.0, 1.0, 0.0, 0.0, 1.0, 1.0):
+            optimizer.param_groups[0]["sigma"] = sigma
+            for half in (optimizer.first_step, optimizer.second_step):
+                param.grad = torch.randn(300, generator=generator)
+                half()
+                seen.append(param.detach().clone())
+            if resume:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = FriendlySAM([param], SGD, lr=0.1, ema_dtype=ema_dtype)
+                optimizer.load_state_dict(saved)
+        return [*seen, *(value for _, value in sorted(optimizer.state[param].items()))]
+
+    uninterrupted, resumed = run(False), run(True)
+    assert len(uninterrupted) == len(resumed) > 12 and all(map(identical, uninterrupted, resumed))
+
+
 def test_sgd_without_momentum_saved_with_none():
     """torch.optim.SGD saves momentum_buffer=None before its first step with momentum."""
     p = nn.Parameter(torch.ones(3))

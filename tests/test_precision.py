@@ -228,6 +228,30 @@ def test_stochastic_rounding_depends_on_the_seed_and_resumes_bit_for_bit():
     assert all(map(identical, whole, twins))
 
 
+@pytest.mark.parametrize("base", (SGD, AdamW))
+@pytest.mark.parametrize("order", [((1,), (0, 1)), ((2,), (0, 2), (1, 0, 2)), ((0, 1, 2), (2,))], ids=str)
+def test_a_resumed_run_draws_the_same_bits_whatever_gradient_came_first(base, order):
+    """It lays its state out anew, and an element draws by where it lies."""
+
+    def run(resume):
+        params = [nn.Parameter(torch.ones(n, dtype=torch.bfloat16)) for n in (64, 7, 130)]
+        optimizer = FriendlySAM(params, base, lr=0.001, stochastic_rounding=True)
+        for number, with_gradient in enumerate([*order, (0, 1, 2), (0, 1, 2), (1,), (0, 1, 2)]):
+            if resume and number >= len(order):
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = FriendlySAM(params, base, lr=0.001, stochastic_rounding=True)
+                optimizer.load_state_dict(saved)
+            for half in (optimizer.first_step, optimizer.second_step):
+                for i, param in enumerate(params):
+                    param.grad = torch.ones_like(param) if i in with_gradient else None
+                half()
+        return params
+
+    whole, resumed = run(False), run(True)
+    assert all(map(identical, whole, resumed))
+    assert all(len(param.unique()) > 1 for param in whole)  # draws were made
+
+
 # ---- Compressed averages -------------------------------------------------------------------------------------------
 
 

@@ -28,11 +28,21 @@ def is_optimizer_state(thing: Any) -> bool:
     )
 
 
+def _what_is_wrong(thing: Any) -> str:
+    """What keeps something from being an optimizer's state_dict."""
+    if not isinstance(thing, dict):
+        return f"this is {type(thing)}"
+    if not {"state", "param_groups"} <= {*thing}:
+        return f"this is a dict with {', '.join(map(repr, thing)) or 'nothing'}"
+    if not isinstance(thing["state"], dict):
+        return f"this 'state' is {type(thing['state'])}, not a dict"
+    return "this 'param_groups' is not a list of dicts, each with a list of its 'params'"
+
+
 def check_form(state_dict: Any) -> None:
     """Raises ValueError for what is no state_dict of an optimizer, is damaged, or was written by a later release."""
     if not is_optimizer_state(state_dict):
-        kind = f"a dict with {', '.join(map(repr, state_dict))}" if isinstance(state_dict, dict) else type(state_dict)
-        raise ValueError(f"an optimizer's state_dict has 'state' and 'param_groups'; this is {kind}")
+        raise ValueError(f"an optimizer's state_dict has 'state' and 'param_groups'; {_what_is_wrong(state_dict)}")
     for group in state_dict["param_groups"]:
         number, step = group.get(FORMAT, 0), group.get(STEP, 0)
         if type(number) is not int or type(step) is not int or step < 0:

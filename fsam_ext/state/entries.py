@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,9 +44,21 @@ def check_entry(entry: Any, param: Tensor, names: tuple[str, ...], describe: Des
             value.is_floating_point() or name == EMA and value.dtype == torch.int8
         ):
             refuse(name, f"is {_what(value)}, which is no dense tensor of numbers")
+        if isinstance(value, Tensor) and value.is_meta:
+            refuse(name, "is on the meta device and has no values")
     ema = entry.get(EMA)
     if isinstance(ema, Tensor) and ema.dtype == torch.int8:
         _check_scales(ema, entry.get(EMA_SCALE), refuse)
+
+
+def check_values(entry: Any, fused: bool, param: Tensor, describe: Describe) -> None:
+    """Raises :class:`Refused` for state without values, or a count below 0; reads from the device."""
+    for name, value in entry.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise Refused(f"state '{name}' of {describe(param)} is on the meta device and has no values")
+    step = entry.get("step") if fused else None
+    if step is not None and not 0 <= float(step) < math.inf:
+        raise Refused(f"state 'step' of {describe(param)} is {float(step)}, not a number of steps")
 
 
 def _check_scales(ema: Tensor, scale: Any, refuse: Callable[[str, str], None]) -> None:

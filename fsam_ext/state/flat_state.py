@@ -254,7 +254,18 @@ class FlatState:
         """Whether the slices are just those of ``params``, in their order: NOTE [which bits an element draws]."""
         return list(self.offset) == list(params) and all(self._form[param] == _form(param) for param in params)
 
-    def shares(self, name: str, param: Tensor, value: Tensor) -> bool:
+    def is_taken(self, param: Tensor, entry: dict[str, Any]) -> bool:
+        """Whether some of a parameter's entry lies elsewhere in a buffer, or a slice of it is someone else's now."""
+        for name in self.names:
+            value = entry.get(name)
+            if isinstance(value, Tensor) and self._lies_elsewhere(name, param, local(value)):
+                return True
+            part = self.parts.get((name, param))
+            if part is not None and part() is not None and not self.holds(name, param, value):
+                return True
+        return False
+
+    def _lies_elsewhere(self, name: str, param: Tensor, value: Tensor) -> bool:
         """Whether ``value`` lies in the buffer of ``name``, but not where the parameter's slice is."""
         buffer = self.find(name)
         if buffer is None or not address(value) or value.device != buffer.device:

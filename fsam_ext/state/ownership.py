@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 from torch.utils.weak import TensorWeakRef
 
 from .. import _library
+from .shards import PLAIN, address
 
 
 def owning_part(
@@ -52,7 +53,8 @@ class Watch:
     # NOTE [identity, never equality]
     # A tensor that a user put into ``state`` counts, whatever its size and value: the one that it replaces lies in a
     # flat buffer, which a kernel would go on with. Identities are compared as addresses of objects. They are no proof
-    # once an object has died and another one got its address, so what dies here says so.
+    # once an object has died and another one got its address, so what dies here says so. And a tensor may be given
+    # other memory, or be transposed over its own, and stay the same object: so each has to lie where and as it did.
 
     def __init__(self, state: Any, names: tuple[str, ...] | None, parts: Iterable[TensorWeakRef]) -> None:
         self._names = names
@@ -63,39 +65,70 @@ class Watch:
         values = [entry.get(name) for entry in entries for name in (entry if names is None else names)]
         things = [*values, *(part() for part in parts)]
         self._references = [weakref.ref(thing, self._lost.append) for thing in things if isinstance(thing, Tensor)]
-        self._known = array("Q", self._identities(state))
+        in_c = names is None and _SAME_STATE is not None
+        self._known = array("Q", self._marks(state, _is_somewhere if in_c else _place))
         self._address, self._count = self._known.buffer_info()
+        if in_c:
+            _SAME_STATE(state, self._address, self._count, _HANDLE, 1)
 
     def holds(self, state: Any) -> bool:
         """Whether ``state`` is what it was."""
         if self._lost:
             return False
         if self._names is None and _SAME_STATE is not None:
-            return bool(_SAME_STATE(state, self._address, self._count))
-        return self._known == array("Q", self._identities(state))
+            return bool(_SAME_STATE(state, self._address, self._count, _HANDLE, 0))
+        return self._known == array("Q", self._marks(state, _place))
 
-    def _identities(self, state: Any) -> Iterator[int]:
-        """The addresses of each key and of the names and values of its entry: csrc/same_state.cpp."""
+    def _marks(self, state: Any, place: Callable[[Any], int]) -> Iterator[int]:
+        """The addresses of each key and of names and values of its entry, with their places: csrc/same_state.cpp."""
         for key, entry in state.items():
             yield id(key)
             if not isinstance(entry, dict):
                 continue
             if self._names is not None:
-                yield from map(id, map(entry.get, self._names))
+                for value in map(entry.get, self._names):
+                    yield id(value)
+                    yield place(value)
                 continue
-            for item in entry.items():
-                yield from map(id, item)
+            for name, value in entry.items():
+                yield id(name)
+                yield id(value)
+                yield place(value)
+
+
+def _is_somewhere(value: Any) -> int:
+    """1 for a tensor that has an address, else 0."""
+    return int(type(value) in PLAIN and value.layout is torch.strided and not value.is_meta)
+
+
+def _place(value: Any) -> int:
+    """Where a tensor is and how it lies, as a number; 0 for what is none."""
+    if not _is_somewhere(value):
+        return 0
+    return hash((address(value), value.shape, value.stride())) & (2**64 - 1) | 1
+
+
+def _handle_offset() -> int | None:
+    """Where in a tensor's Python object the at::Tensor is, in bytes; None where it is not where it has been."""
+    tensor = torch.empty(0, device="cpu")
+    words = (ctypes.c_void_p.from_address(id(tensor) + offset).value for offset in _OFFSETS)
+    return next((offset for offset, word in zip(_OFFSETS, words) if word == getattr(tensor, "_cdata", None)), None)
+
+
+# After the head of the object; or after that and a flag.
+_OFFSETS = (object.__basicsize__, object.__basicsize__ + 8)
 
 
 def _same_state() -> Any:
     """The same comparison in C, where it was built: a tenth of the time."""
-    if _library.CPU_REASON is not None:
+    if _library.CPU_REASON is not None or _HANDLE is None:
         return None
     function = getattr(ctypes.PyDLL(str(_library.LIBRARY_DIR / "_C.abi3.so")), "fsam_same_state", None)
     if function is not None:
-        function.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int64)
+        function.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
         function.restype = ctypes.c_int
     return function
 
 
+_HANDLE = _handle_offset()
 _SAME_STATE = _same_state()

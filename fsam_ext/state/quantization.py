@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends.ops import QUANTIZED
+from .tensors import is_dense
 
 
 def count_blocks(numel: int) -> int:
@@ -18,8 +19,17 @@ def _in_memory(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """The same elements without gaps, in the order that they have in memory."""
+    if is_dense(tensor):
+        return tensor
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(order).contiguous().permute(sorted(range(tensor.dim()), key=order.__getitem__))
+
+
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """The float32 values of an int8 average, in the shape and memory order of ``codes``."""
+    """The float32 values of an int8 average, in the shape and memory order of ``codes``, which may have gaps."""
+    codes = _dense(codes)
     values = _in_memory(codes).float() * scales.float().repeat_interleave(QUANTIZED)[: codes.numel()]
     return values.as_strided(codes.shape, codes.stride())
 

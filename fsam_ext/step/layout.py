@@ -221,17 +221,19 @@ class Layout:
         return ema + ((keys.MASTER,) if kind.masters else ()) + (self._fused.state_names(group) if self._fused else ())
 
     def _entangled(self, members: list[dict[Kind, list[Tensor]]], state: Any) -> set[Kind]:
-        """The kinds of which some ``state`` lies where another parameter's is to be: they move to new buffers."""
+        """The kinds whose state moves to new buffers.
+
+        Some of it lies where another parameter's is to be; or somebody keeps a tensor that was in ``state``, which is
+        theirs now and must not be written to.
+        """
         found = set()
         for kinds in members:
             for kind, params in kinds.items():
                 flat = self.flats.get(kind)
-                if flat is not None and any(
-                    isinstance(value, Tensor) and flat.shares(name, param, shards.local(value))
-                    for param in params
-                    for name, value in state.get(param, {}).items()
-                    if name in flat.names
-                ):
+                if flat is None:
+                    continue
+                entries_of = ((param, state.get(param, {})) for param in params)
+                if any(flat.is_taken(param, entry) for param, entry in entries_of):
                     found.add(kind)
         return found
 

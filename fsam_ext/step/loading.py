@@ -23,7 +23,8 @@ from .base_update import FusedBase, GenericBase, set_state
 def packed(base: FusedBase | GenericBase, state: Any, groups: list[dict[str, Any]]) -> dict[str, Any]:
     """The state_dict, hooks aside."""
     optimizer = base.optimizer
-    whole = type(optimizer).state_dict is Optimizer.state_dict and not any(map(with_prefix, groups))
+    has_own_form = type(optimizer).state_dict is not Optimizer.state_dict or any(map(with_prefix, groups))
+    whole = isinstance(base, FusedBase) or not has_own_form
     if whole:
         optimizer.param_groups = groups
         set_state(optimizer, {**getattr(base, "made", {}), **state})
@@ -60,18 +61,21 @@ def read(
         for saved, group in zip(state_dict["param_groups"], groups)
         for key, param in zip(saved["params"], group["params"])
     }
-    names = SHAPED + ("step",) if isinstance(base, FusedBase) else OWN_STATE
+    fused = isinstance(base, FusedBase)
     for key, entry in state_dict["state"].items():
         if key in by_key:
-            _check(entry, by_key[key], names, describe)
+            _check(entry, by_key[key], fused, describe)
+    for saved in state_dict["param_groups"] if fused else ():
+        for key in saved["params"]:
+            if key in state_dict["state"]:
+                together = base.state_names(saved)
+                entries.check_complete(state_dict["state"][key], by_key[key], together, describe)
     state, new_groups = _read_by_base(base, state_dict, groups)
     for group, saved in zip(new_groups, state_dict["param_groups"]):
-        together = base.state_names(group) if isinstance(base, FusedBase) else ()
         for key, param in zip(saved["params"], group["params"]):
             entry = state_dict["state"].get(key)
             if entry is None:
                 continue
-            entries.check_complete(entry, param, together, describe)
             mine = state[param]
             for name, value in entry.items():
                 mine[name] = _as_saved(mine.get(name, value if name in OWN_STATE else None), value, name, param)
@@ -81,11 +85,13 @@ def read(
     return state, new_groups
 
 
-def _check(entry: Any, param: Tensor, names: tuple[str, ...], describe: Describe) -> None:
+def _check(entry: Any, param: Tensor, fused: bool, describe: Describe) -> None:
+    """Raises :class:`Refused` for state of a parameter that could not be loaded."""
     if not isinstance(entry, dict):
         raise entries.Refused(f"the state of {describe(param)} is {type(entry).__name__} in the checkpoint, not a dict")
     try:
-        entries.check_entry(entry, param, names, describe)
+        entries.check_entry(entry, param, SHAPED + ("step",) if fused else OWN_STATE, describe)
+        entries.check_values(entry, fused, param, describe)
     except entries.Refused as refusal:
         raise entries.Refused(f"{refusal} in the checkpoint; load one that was saved with this model") from None
 
@@ -125,7 +131,7 @@ def _read_by_base(
     except BaseException as error:
         optimizer.__dict__.clear()
         optimizer.__dict__.update(before)
-        if isinstance(error, (ValueError, RuntimeError)) or not isinstance(error, Exception):
+        if isinstance(error, ValueError) or not isinstance(error, Exception):
             raise
         name = type(optimizer).__name__
         raise ValueError(

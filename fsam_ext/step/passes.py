@@ -151,7 +151,7 @@ class Passes:
                 fed + run,
                 [None] * len(fed) + updates,
                 lambda: self.transaction.journal.count() - start + written(),
-                partial(self._conclude, groups, state, segments, groups[0][keys.STEP] + 1),
+                partial(self._conclude, groups, state, segments, groups[0][keys.STEP] + 1, run != []),
             )
         )
 
@@ -206,9 +206,11 @@ class Passes:
         written = self.base.prepare(state, groups)
         return [partial(self.base.step, applied)], [None], written
 
-    def _conclude(self, groups: list[dict[str, Any]], state: Any, segments: list[Segment], number: int) -> None:
+    def _conclude(
+        self, groups: list[dict[str, Any]], state: Any, segments: list[Segment], number: int, updated: bool
+    ) -> None:
         """The step is over: what follows from that, and may be done twice."""
-        if isinstance(self.base, GenericBase):
+        if updated and isinstance(self.base, GenericBase):  # else it has the groups of an earlier step
             self.base.merge(state, groups)
         for segment in segments:
             segment.written()

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from fsam_ext import FriendlySAM
+from fsam_ext import SAM, FriendlySAM
 
 from ..conformance import identical
 from .ranks import run
@@ -331,3 +331,18 @@ def refusals():
 
 def test_refusals():
     run(2, refusals)
+
+
+def wrapped_by_zero_redundancy():
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    for cls in (SAM, FriendlySAM):
+        model = network()
+        with pytest.raises(TypeError, match="ZeroRedundancyOptimizer gives each rank a share .* use .*fully_shard"):
+            ZeroRedundancyOptimizer(model.parameters(), cls, base_optimizer=torch.optim.SGD, rho=0.5, lr=0.1)
+        cls(model.parameters(), torch.optim.SGD, lr=0.1)  # beside it there is nothing to refuse
+
+
+def test_zero_redundancy_optimizer_is_refused():
+    """Each rank would measure the norm of its own share: another algorithm, without a word."""
+    run(2, wrapped_by_zero_redundancy)
