@@ -104,7 +104,7 @@ def start_unset(entry: dict[str, Any], group: dict[str, Any]) -> None:
     fsam_ext/checkpoint.py marks those that a checkpoint lacks.
     """
     master, name = entry.get(MASTER), EMA if entry.get(EMA_SCALE) is None else EMA_SCALE
-    if isinstance(master, Tensor) and master.numel() > 0 and bool(local(master).isnan().all()):
+    if isinstance(master, Tensor) and local(master).numel() > 0 and bool(local(master).isnan().all()):
         del entry[MASTER]
     if group["ema"] == "updated" and isinstance(entry.get(name), Tensor):
         part = local(entry[name])
