@@ -6,6 +6,18 @@ import warnings
 from importlib.metadata import version
 
 import pytest
+import torch
+
+# timm and torchmetrics import torchvision. The one that the registries serve has no operators where torch has no CUDA,
+# and gives them meta kernels all the same, which fails. Nothing here calls them.
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError:
+    _operators = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 ROWS = pytest.StashKey[list]()
 
