@@ -40,12 +40,13 @@ class FriendlySAMCallback(Callback):
     Raises:
         ImportError: the adapter was not tested with this version of Lightning.
         TypeError: when training starts: the optimizer is none of this package; or at a batch that cannot be kept.
-        ValueError: when training starts: manual optimization, or not one optimizer.
+        ValueError: when training starts: manual optimization. Two optimizers Lightning refuses itself.
     """
 
     def __init__(self, *, replay_rng: bool = True) -> None:
         require("lightning", "2.6")
         self._replay_rng = replay_rng
+        self._has_loss = False
         self._end: Callable[[], None] = lambda: None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,11 +55,6 @@ class FriendlySAMCallback(Callback):
             raise ValueError(
                 "FriendlySAMCallback needs automatic_optimization=True; with manual optimization call first_step() and "
                 "second_step() in training_step, and leave the callback out"
-            )
-        if len(trainer.optimizers) != 1:
-            raise ValueError(
-                "FriendlySAMCallback needs one optimizer, and configure_optimizers returned "
-                f"{len(trainer.optimizers)}; put all parameters into one FriendlySAM, as param groups"
             )
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             raise TypeError(
@@ -76,11 +72,18 @@ class FriendlySAMCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keeps the micro-batch."""
+        self._has_loss = False
         self._second_pass.keep((batch, batch_idx))
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes that ``training_step`` did not return None."""
+        self._has_loss = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Makes the second pass: NOTE [Lightning's closure runs before the step]."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and not self._has_loss:
+            return self._second_pass.forget()  # Lightning makes no step then
         with _unheard(pl_module):
             replayed = self._second_pass.run(partial(_backward, trainer, pl_module, scaler), scaler)
         if scaler is not None and any(replayed):
@@ -88,11 +91,6 @@ class FriendlySAMCallback(Callback):
         if trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
             stats = self._optimizer.stats()
             pl_module.log_dict({f"fsam/{name}": stats[name].float() for name in LOGGED if name in stats})
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Gives up a step that Lightning did not make: with a GradScaler, where ``training_step`` returned None."""
-        if self._optimizer.is_perturbed:
-            self._optimizer.restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the weights, before checkpoints are written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import warnings
 
 import pytest
@@ -13,6 +14,9 @@ from fsam_ext import FriendlySAM
 from .reference import SIZE, RandomStates, batches, difference, loss_of, network, rows, train
 
 lightning = pytest.importorskip("lightning.pytorch")
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from torchmetrics import MeanMetric, MetricCollection, SumMetric  # noqa: E402
 
 from fsam_ext.integrations.lightning import FriendlySAMCallback  # noqa: E402
@@ -62,6 +66,26 @@ def loader():
     return DataLoader(rows(), batch_size=SIZE)
 
 
+class Resumable(DataLoader):
+    """A loader whose place in the epoch Lightning saves with its checkpoints."""
+
+    def __init__(self):
+        super().__init__(rows(), batch_size=SIZE)
+        self.place = 0
+
+    def __iter__(self):
+        first = self.place % len(self)
+        for self.place, batch in enumerate(super().__iter__(), 1):
+            if self.place > first:
+                yield batch
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state_dict):
+        self.place = state_dict["place"]
+
+
 def by_hand(schedule=None, dropout=0.0, batch_norm=False, options=(), **how):
     model = network(dropout, batch_norm)
     optimizer = FriendlySAM(model.parameters(), **{**OPTIONS, **dict(options)})
@@ -71,11 +95,11 @@ def by_hand(schedule=None, dropout=0.0, batch_norm=False, options=(), **how):
     return model, clean
 
 
-def fit(tmp_path, module, *callbacks, **options):
+def fit(tmp_path, module, *callbacks, data=None, ckpt_path=None, **options):
     made = trainer(tmp_path, *callbacks, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made.fit(module, loader())
+        made.fit(module, loader() if data is None else data, ckpt_path=ckpt_path)
     return made
 
 
@@ -136,3 +160,237 @@ def test_dropout_has_the_same_masks(accumulate, tmp_path, record):
     assert len(states) == 16
     model, _ = by_hand(dropout=0.5, accumulate=accumulate, states=states)
     record("lightning", f"dropout, accumulation {accumulate}", difference(module.net, model))
+
+
+# ---- fp16 ------------------------------------------------------------------------------------------------------------
+
+
+class Overflows(Module):
+    """Whose loss is infinite in some micro-batches: of the first pass, of the second, or of both."""
+
+    def __init__(self, first=(), second=(), **options):
+        super().__init__(**options)
+        self.overflows = {False: first, True: second}
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * (torch.inf if batch_idx in self.overflows[self.optimizers().is_perturbed] else 1.0)
+
+
+@pytest.mark.parametrize("clip", (None, 0.05), ids=("", "clipping"))
+@pytest.mark.parametrize("accumulate", (1, 3))
+@pytest.mark.parametrize("where", ("nowhere", "first", "second", "both"))
+def test_fp16_with_a_scaler_and_an_overflow(where, accumulate, clip, tmp_path, record):
+    first = (1, 4) if where in ("first", "both") else ()
+    second = (1, 6) if where in ("second", "both") else ()
+    module = Overflows(first, second)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    fit(tmp_path, module, plugins=[plugin], accumulate_grad_batches=accumulate, gradient_clip_val=clip)
+
+    model = network()
+    optimizer = FriendlySAM(model.parameters(), **OPTIONS)
+    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+
+    def loss(model, numbered):
+        number, batch = numbered
+        bad = number in (second if optimizer.is_perturbed else first)
+        return loss_of(model, batch) * (torch.inf if bad else 1.0)
+
+    data = list(enumerate(batches()))
+    how = {"epochs": 2, "accumulate": accumulate, "clip": clip, "autocast": torch.half, "loss": loss}
+    train(model, optimizer, data, grad_scaler=theirs, **how)
+    assert scaler.get_scale() == theirs.get_scale()
+    case = f"fp16, overflow {where}, accumulation {accumulate}{', clipping' if clip else ''}"
+    record("lightning", case, difference(module.net, model))
+
+
+# ---- What a run leaves -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", (1, 2))
+def test_checkpoint_and_resume_in_mid_epoch(accumulate, tmp_path, record):
+    options = {"batch_norm": True, "schedule": warm_up, "every": 2}
+    how = {"accumulate_grad_batches": accumulate}
+    whole, resumed = Module(**options), Module(**options)
+    fit(tmp_path, whole, **how)
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=6 // accumulate, save_top_k=-1)
+    fit(tmp_path, Module(**options), saves, data=Resumable(), enable_checkpointing=True, **how)
+    path = tmp_path / f"epoch=0-step={6 // accumulate}.ckpt"
+    made = fit(tmp_path, resumed, data=Resumable(), ckpt_path=path, **how)
+    assert made.global_step == 16 // accumulate
+    record("lightning", f"resume in mid-epoch, accumulation {accumulate}", difference(resumed.net, whole.net))
+
+
+class Counted(Callback):
+    """How often the hooks of a batch run."""
+
+    def __init__(self):
+        self.calls = dict.fromkeys(("zero_grad", "backward", "after_backward", "step", "start", "end"), 0)
+
+    def on_before_zero_grad(self, *args):
+        self.calls["zero_grad"] += 1
+
+    def on_before_backward(self, *args):
+        self.calls["backward"] += 1
+
+    def on_after_backward(self, *args):
+        self.calls["after_backward"] += 1
+
+    def on_before_optimizer_step(self, *args):
+        self.calls["step"] += 1
+
+    def on_train_batch_start(self, *args):
+        self.calls["start"] += 1
+
+    def on_train_batch_end(self, trainer, *args):
+        assert not trainer.optimizers[0].is_perturbed
+        self.calls["end"] += 1
+
+
+def test_hooks_metrics_and_logs_are_of_the_first_pass(tmp_path, record, monkeypatch):
+    asked = []
+    stats = FriendlySAM.stats
+    monkeypatch.setattr(FriendlySAM, "stats", lambda self: asked.append(None) or stats(self))
+    module, counted = Module(), Counted()
+    made = fit(
+        tmp_path,
+        module,
+        counted,
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=2,
+        accumulate_grad_batches=2,
+        max_epochs=10,
+        max_steps=6,
+    )
+    assert made.global_step == 6 and len(asked) == 3
+    assert counted.calls == {"zero_grad": 6, "backward": 12, "after_backward": 12, "step": 6, "start": 12, "end": 12}
+    assert module.counts["steps"].compute() == 12
+    _, clean = by_hand(accumulate=2)
+    assert made.callback_metrics["seen_epoch"].item() == pytest.approx(sum(clean[8:12]) / 4, abs=1e-6)
+    with open(tmp_path / "lightning_logs/version_0/metrics.csv") as file:
+        logged = [row for row in csv.DictReader(file) if row["loss"]]
+    assert [int(row["step"]) for row in logged] == [1, 3, 5]
+    losses = [abs(float(row["loss"]) - clean[2 * int(row["step"]) + 1]) for row in logged]
+    twice = [abs(float(row["twice"]) - 2 * clean[2 * int(row["step"]) + 1]) for row in logged]
+    record("lightning", "logged loss is the clean one", max(losses + twice))
+    for name in ("noise_norm", "grad_norm"):
+        assert all(float(row[f"fsam/{name}"]) > 0 for row in logged)
+    assert all(-1 <= float(row["fsam/cosine"]) <= 1 and float(row["fsam/found_inf"]) == 0 for row in logged)
+
+
+def test_averaged_weights_are_never_perturbed_ones(tmp_path, record):
+    module = Module()
+    averaging = WeightAveraging(avg_fn=lambda average, current, count: 0.9 * average + 0.1 * current)
+    fit(tmp_path, module, averaging)
+    model = network()
+    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=averaging._kwargs["avg_fn"])
+    optimizer = FriendlySAM(model.parameters(), **OPTIONS)
+    train(model, optimizer, batches(), epochs=2, after_step=lambda: average.update_parameters(model))
+    record("lightning", "EMA of the weights", difference(module.net, average.module))
+
+
+# ---- What may go wrong -----------------------------------------------------------------------------------------------
+
+
+class Pops(Module):
+    """Takes its batch apart."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch.pop("x"), batch.pop("y")), batch_idx)
+
+
+def test_a_training_step_that_takes_its_batch_apart(tmp_path, record):
+    module = Pops()
+    data = DataLoader([{"x": x, "y": y} for x, y in rows()], batch_size=SIZE)
+    trainer(tmp_path).fit(module, data)
+    record("lightning", "a batch taken apart", difference(module.net, by_hand()[0]))
+
+
+class Skips(Module):
+    """Has no loss in some micro-batches."""
+
+    def __init__(self, *skipped):
+        super().__init__()
+        self.skipped = skipped
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx in self.skipped else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("scaled", (False, True), ids=("", "fp16"))
+def test_a_training_step_without_a_loss(scaled, tmp_path, record):
+    """As Lightning does: such a micro-batch adds nothing, and with a GradScaler a window that ends with one is lost."""
+    module = Skips(1, 2, 3, 5)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))] if scaled else []
+    made = fit(tmp_path, module, accumulate_grad_batches=2, plugins=plugins, max_epochs=1)
+    assert not made.optimizers[0].is_perturbed
+    model = network()
+    optimizer = FriendlySAM(model.parameters(), **OPTIONS)
+    data = [batches()[i] for i in ((6, 7) if scaled else (0, 4, 6, 7))]
+    how = {"divide": lambda window: 2, "grad_scaler": torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None}
+    how["autocast"] = torch.half if scaled else None
+    for window in [data] if scaled else [data[:1], data[1:2], data[2:]]:
+        train(model, optimizer, window, accumulate=2, **how)
+    record("lightning", f"training_step returns None{', fp16' if scaled else ''}", difference(module.net, model))
+
+
+@pytest.mark.parametrize("where", ("second pass", "before the step"))
+def test_an_exception_leaves_the_weights_restored(where, tmp_path):
+    class Fails(Module):
+        def training_step(self, batch, batch_idx):
+            if where == "second pass" and batch_idx == 2 and self.optimizers().is_perturbed:
+                raise ArithmeticError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+        def configure_gradient_clipping(self, *args, **kwargs):
+            if self.trainer.global_step == 2:
+                raise ArithmeticError("on purpose")
+
+    module, made = Fails(), trainer(tmp_path)
+    with pytest.raises(ArithmeticError):
+        made.fit(module, loader())
+    model = network()
+    train(model, FriendlySAM(model.parameters(), **OPTIONS), batches()[:2])
+    assert difference(module.net, model) == 0
+    assert vars(module).keys().isdisjoint({"log", "log_dict"})
+    retried = trainer(tmp_path, max_epochs=1)
+    retried.fit(good := Module(), loader())
+    assert difference(good.net, by_hand(epochs=1)[0]) == 0
+
+
+def refused(tmp_path, module, error, match, data=None):
+    before = [param.clone() for param in module.parameters()]
+    with pytest.raises(error, match=match):
+        trainer(tmp_path).fit(module, data or loader())
+    assert all(map(torch.equal, before, module.parameters()))
+
+
+def test_what_is_refused(tmp_path):
+    class Plain(Module):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Two(Module):
+        def configure_optimizers(self):
+            return [FriendlySAM(layer.parameters(), **OPTIONS) for layer in (self.net[0], self.net[4])]
+
+    class Manual(Module):
+        automatic_optimization = False
+
+    class Draws(Module):
+        def training_step(self, dataloader_iter):
+            raise AssertionError
+
+    refused(tmp_path, Plain(), TypeError, "optimizer must be a fsam_ext.FriendlySAM or SAM, not SGD")
+    refused(tmp_path, Two(), RuntimeError, "multiple optimizers is only supported with manual")  # Lightning's own
+    refused(tmp_path, Manual(), ValueError, "needs automatic_optimization=True")
+    refused(tmp_path, Draws(), TypeError, r"training_step\(dataloader_iter\) draws its batches itself")
+    used_up = DataLoader(rows(), batch_size=SIZE, collate_fn=lambda some: (row for row in some))
+    refused(tmp_path, Module(), TypeError, "a batch of type generator is used up by the first pass", used_up)
+
+
+def test_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr("fsam_ext.integrations.versions.version", lambda package: "2.60.0")
+    with pytest.raises(ImportError, match=r"tested with lightning 2\.6, and 2\.60\.0 may"):
+        FriendlySAMCallback()
