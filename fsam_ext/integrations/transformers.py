@@ -61,8 +61,8 @@ class FriendlySAMTrainerMixin:
         base, options = self.get_optimizer_cls_and_kwargs(self.args, whole) if asked is None else asked
         if not (isinstance(base, type) and issubclass(base, Optimizer)) or options.keys() & {"model", "optimizer_dict"}:
             raise ValueError(
-                f"args.optim={str(self.args.optim)!r} is made of a whole model, which F-SAM has no way into; name "
-                "an optimizer of parameters"
+                f"{getattr(base, '__name__', base)} (args.optim or optimizer_cls_and_kwargs) is made of a whole model, "
+                "which F-SAM has no way into; name an optimizer of parameters"
             )
         self.optimizer_cls_and_kwargs = FriendlySAM, {"base_optimizer": base, **self._fsam, **options}
         try:

@@ -12,9 +12,9 @@ from fsam_ext import FriendlySAM
 from .reference import SIZE, RandomStates, batches, difference, network, rows, train
 
 transformers = pytest.importorskip("transformers")
-from transformers import get_scheduler  # noqa: E402
+from transformers import Trainer, TrainerCallback, get_scheduler  # noqa: E402
 
-from fsam_ext.integrations.transformers import FriendlySAMTrainer  # noqa: E402
+from fsam_ext.integrations.transformers import FriendlySAMTrainer, FriendlySAMTrainerMixin  # noqa: E402
 
 FSAM = {"rho": 0.1}
 LR, WEIGHT_DECAY = 0.02, 0.1
@@ -50,6 +50,7 @@ def arguments(tmp_path, **options):
         "lr_scheduler_type": "constant",
         "save_strategy": "no",
         "logging_steps": 1,
+        "train_sampling_strategy": "sequential",
     }
     return transformers.TrainingArguments(
         output_dir=str(tmp_path),
@@ -57,7 +58,6 @@ def arguments(tmp_path, **options):
         report_to="none",
         disable_tqdm=True,
         per_device_train_batch_size=SIZE,
-        train_sampling_strategy="sequential",
         learning_rate=LR,
         weight_decay=WEIGHT_DECAY,
         dataloader_pin_memory=False,
@@ -75,10 +75,12 @@ def fit(tmp_path, model, fsam=FSAM, train_dataset=None, **options):
 
 def optimizer_of(model, base=torch.optim.AdamW, fsam=FSAM, **options):
     """With the Trainer's two groups: biases and norms do not decay."""
-    decays = [[], []]
+    decays: list[list] = [[], []]
+    seen = set()  # tied weights are one parameter
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False):
-            if param.requires_grad:
+            if param.requires_grad and param not in seen:
+                seen.add(param)
                 decays[name == "bias" or isinstance(module, nn.LayerNorm)].append(param)
     groups = [{"params": some, "weight_decay": decay} for some, decay in zip(decays, (WEIGHT_DECAY, 0.0))]
     return FriendlySAM(groups, base, lr=LR, **fsam, **options)
@@ -165,3 +167,236 @@ def test_dropout_has_the_same_masks(accumulate, tmp_path, record):
     assert len(states) == 16
     other, _ = by_hand(dropout=0.5, accumulate=accumulate, states=states, optimizer=adamw)
     record("transformers", f"dropout, accumulation {accumulate}", difference(model, other))
+
+
+# ---- Models of transformers and peft ---------------------------------------------------------------------------------
+
+
+def texts(count=8):
+    """Sentences of unlike length, as labels count: the Trainer divides by the labels of all micro-batches."""
+    draw = torch.Generator().manual_seed(2)
+    found = []
+    for number in range(count):
+        tokens = torch.randint(1, 30, (SIZE, 6), generator=draw)
+        labels = tokens.clone()
+        labels[:, 4 - number % 3 :] = -100
+        found.append({"input_ids": tokens, "labels": labels})
+    return found
+
+
+def sentences():
+    return [{name: value[row] for name, value in batch.items()} for batch in texts() for row in range(SIZE)]
+
+
+def language_model(dropout=0.0, lora=False, checkpointing=False):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(
+            vocab_size=32,
+            n_positions=8,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+            use_cache=False,
+        )
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
+        model = transformers.GPT2LMHeadModel(config)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if lora:
+            peft = pytest.importorskip("peft")
+            model = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_dropout=dropout, target_modules=["c_attn"]))
+            with torch.no_grad():
+                for name, param in model.named_parameters():
+                    if "lora_B" in name:
+                        param.normal_(0, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("case", ("", "gradient checkpointing", "LoRA", "LoRA, gradient checkpointing"))
+@pytest.mark.parametrize("accumulate", (1, 3))
+def test_language_models(accumulate, case, tmp_path, record):
+    """With dropout; each micro-batch's loss is divided by the labels of the whole window, as the Trainer has it."""
+    how = {"dropout": 0.1, "lora": "LoRA" in case}
+    checkpointing = "checkpointing" in case
+    model = language_model(**how)
+    args = arguments(
+        tmp_path,
+        gradient_accumulation_steps=accumulate,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+    )
+    trainer = FriendlySAMTrainer(model, args, train_dataset=sentences(), fsam=FSAM)
+    states = RandomStates(trainer.model, lambda: trainer.optimizer.optimizer.is_perturbed)
+    trainer.train()
+    assert len(states) == 16
+    other = language_model(**how, checkpointing=checkpointing)
+    other.train()
+    data = texts()
+    for first in range(0, len(data), accumulate):
+        window = data[first : first + accumulate]
+        items = sum((batch["labels"] != -100).sum() for batch in window)
+        for batch in window:
+            batch["num_items_in_batch"] = items
+    hand = {"divide": lambda window: 1, "loss": loss_of, "epochs": 2, "accumulate": accumulate, "states": states}
+    clean = train(other, adamw(other, FSAM), data, **hand)
+    name = f"GPT-2{', ' if case else ''}{case}, accumulation {accumulate}"
+    record("transformers", name, difference(model, other))
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if accumulate == 1:
+        record("transformers", f"{name}: logged loss", max(abs(a - b) for a, b in zip(logged, clean, strict=True)))
+
+
+# ---- What a run leaves -----------------------------------------------------------------------------------------------
+
+
+class Counted(TrainerCallback):
+    def __init__(self):
+        self.calls = dict.fromkeys(("step_begin", "substep_end", "pre_optimizer", "optimizer", "step_end"), 0)
+
+    def on_step_begin(self, *args, **kwargs):
+        self.calls["step_begin"] += 1
+
+    def on_substep_end(self, *args, **kwargs):
+        self.calls["substep_end"] += 1
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.calls["pre_optimizer"] += 1
+
+    def on_optimizer_step(self, *args, optimizer, **kwargs):
+        assert not optimizer.optimizer.is_perturbed
+        self.calls["optimizer"] += 1
+
+    def on_step_end(self, *args, **kwargs):
+        self.calls["step_end"] += 1
+
+
+def test_callbacks_and_logs_are_of_the_first_pass(tmp_path, record, monkeypatch):
+    asked = []
+    stats = FriendlySAM.stats
+    monkeypatch.setattr(FriendlySAM, "stats", lambda self: asked.append(None) or stats(self))
+    counted = Counted()
+    args = arguments(tmp_path, gradient_accumulation_steps=2, logging_steps=2, max_steps=6)
+    trainer = FriendlySAMTrainer(Classifier(), args, train_dataset=dataset(), fsam=FSAM, callbacks=[counted])
+    trainer.train()
+    assert trainer.state.global_step == 6 and len(asked) == 3
+    assert counted.calls == {"step_begin": 6, "substep_end": 6, "pre_optimizer": 6, "optimizer": 6, "step_end": 6}
+    _, clean = by_hand(accumulate=2, optimizer=adamw)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4, 6]
+    means = [sum(clean[i : i + 4]) / 4 for i in (0, 4, 8)]
+    far = max(abs(entry["loss"] - mean) for entry, mean in zip(logged, means))
+    record("transformers", "logged loss is the clean one (float32 sums)", far, limit=1e-6)
+    for entry in logged:
+        assert entry["fsam/noise_norm"] > 0 and entry["fsam/grad_norm"] > 0 and -1 <= entry["fsam/cosine"] <= 1
+        assert entry["fsam/found_inf"] == 0 and "fsam/effective_cosine" not in entry
+
+
+@pytest.mark.parametrize("accumulate", (1, 2))
+def test_checkpoint_and_resume_in_mid_epoch(accumulate, tmp_path, record):
+    """With dropout and a random order: the Trainer saves the random numbers too."""
+    how = {
+        "gradient_accumulation_steps": accumulate,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "save_steps": 6 // accumulate,
+        "train_sampling_strategy": "random",
+        "seed": 3,
+    }
+    whole, resumed = (Classifier(dropout=0.5, batch_norm=True) for _ in range(2))
+    fsam = {**FSAM, "every": 2}
+    fit(tmp_path, whole, fsam, **how)
+    trainer = FriendlySAMTrainer(resumed, arguments(tmp_path, **how), train_dataset=dataset(), fsam=fsam)
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{6 // accumulate}"))
+    assert trainer.state.global_step == 16 // accumulate
+    record("transformers", f"resume in mid-epoch, accumulation {accumulate}", difference(resumed, whole))
+
+
+def test_a_second_training_goes_on(tmp_path, record):
+    model = Classifier()
+    trainer = fit(tmp_path, model, num_train_epochs=1)
+    trainer.train()
+    other = Classifier()
+    train(other, adamw(other, FSAM), data(), epochs=2, divide=len, loss=loss_of)
+    record("transformers", "train() twice", difference(model, other))
+
+
+def test_an_optimizer_of_ones_own_and_another_trainer(tmp_path, record):
+    class Theirs(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return 0.5 * model(x=inputs.pop("x"), labels=inputs.pop("labels"))["loss"]
+
+    class Ours(FriendlySAMTrainerMixin, Theirs):
+        pass
+
+    model = Classifier()
+    made = FriendlySAM(model.parameters(), lr=0.1, momentum=0.9, **FSAM)
+    Ours(model, arguments(tmp_path), train_dataset=dataset(), optimizers=(made, None)).train()
+    other = Classifier()
+    half = {"loss": lambda model, batch: 0.5 * loss_of(model, batch), "epochs": 2}
+    train(other, FriendlySAM(other.parameters(), lr=0.1, momentum=0.9, **FSAM), data(), **half)
+    record("transformers", "the mixin, an optimizer of one's own", difference(model, other))
+
+
+# ---- What may go wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ("second pass", "before the step"))
+def test_an_exception_leaves_the_weights_restored(where, tmp_path):
+    class Fails(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if where == "before the step" and state.global_step == 2:
+                raise ArithmeticError("on purpose")
+
+    model = Classifier()
+    trainer = FriendlySAMTrainer(model, arguments(tmp_path), train_dataset=dataset(), fsam=FSAM, callbacks=[Fails()])
+
+    def fail(module, inputs):
+        if where == "second pass" and trainer.state.global_step == 2 and trainer.optimizer.optimizer.is_perturbed:
+            raise ArithmeticError("on purpose")
+
+    model.net.register_forward_pre_hook(fail)
+    with pytest.raises(ArithmeticError):
+        trainer.train()
+    other = Classifier()
+    train(other, adamw(other, FSAM), data()[:2], loss=loss_of)
+    assert difference(model, other) == 0
+
+
+def test_what_is_refused(tmp_path):
+    def refused(error, match, **options):
+        model = Classifier()
+        optimizers = options.pop("optimizers", lambda model: (None, None))(model)
+        fsam = options.pop("fsam", FSAM)
+        own = {name: options.pop(name, None) for name in ("data_collator", "optimizer_cls_and_kwargs")}
+        with pytest.raises(error, match=match):
+            FriendlySAMTrainer(
+                model,
+                arguments(tmp_path, **options),
+                train_dataset=dataset(),
+                optimizers=optimizers,
+                fsam=fsam,
+                **own,
+            ).train()
+        assert difference(model, Classifier()) == 0
+
+    def plain(model):
+        return torch.optim.SGD(model.parameters(), lr=0.1), None
+
+    def ours(model):
+        return FriendlySAM(model.parameters(), lr=0.1), None
+
+    refused(TypeError, "optimizer must be a fsam_ext.FriendlySAM or SAM, not SGD", optimizers=plain, fsam=None)
+    refused(ValueError, "fsam= and optimizers= were both given", optimizers=ours)
+    of_a_model = (lambda: lambda model: None), {}
+    refused(ValueError, "is made of a whole model", optimizer_cls_and_kwargs=of_a_model)
+    refused(ValueError, "rho", fsam={"rho": -1.0})
+    refused(TypeError, "a batch of type generator is used up", data_collator=lambda some: {"x": (row for row in some)})
+
+
+def test_another_version_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("fsam_ext.integrations.versions.version", lambda package: "6.0.0")
+    with pytest.raises(ImportError, match=r"tested with transformers 5\.24, and 6\.0\.0 may"):
+        FriendlySAMTrainer(Classifier(), arguments(tmp_path))
