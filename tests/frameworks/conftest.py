@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ except RuntimeError:
     for _name in ("nms", "qnms"):
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+FRAMEWORKS = ("lightning", "transformers", "peft", "accelerate", "timm", "mosaicml")
 ROWS = pytest.StashKey[list]()
 
 
@@ -54,3 +55,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("against the two passes written by hand")
         for row in rows:
             terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    for package in FRAMEWORKS:
+        try:
+            version(package)
+        except PackageNotFoundError:
+            terminalreporter.write_line(f"{package} is NOT INSTALLED, so nothing of it was tested", red=True)
