@@ -22,7 +22,8 @@ SANITIZED   := build/sanitize
 PARALLEL    := -n auto --dist loadgroup
 # Real frameworks, in an environment of their own. Composer asks for an older torch than fsam_ext, so it is installed
 # without its requirements, and they by name.
-FRAMEWORKS  := lightning==2.6.6 transformers==5.24.0 accelerate==1.15.0 peft==0.21.2 timm==1.0.31
+FRAMEWORKS  := lightning==2.6.6 transformers==5.24.0 accelerate==1.15.0 peft==0.21.2 timm==1.0.31 torchmetrics==1.7.4 \
+               skorch==1.4.0 fastai==2.8.12 pytorch-ignite==0.5.5 keras==3.15.1
 COMPOSER    := mosaicml==0.32.1
 COMPOSER_IS := coolname importlib-metadata mosaicml-cli pillow psutil py-cpuinfo pyyaml requests tabulate torch_optimizer
 CPP          = $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')

@@ -20,6 +20,7 @@ except RuntimeError:
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 FRAMEWORKS = ("lightning", "transformers", "peft", "accelerate", "timm", "mosaicml")
+FRAMEWORKS += ("skorch", "fastai", "pytorch-ignite", "keras")
 ROWS = pytest.StashKey[list]()
 
 

@@ -169,6 +169,55 @@ def test_dropout_has_the_same_masks(accumulate, tmp_path, record):
     record("transformers", f"dropout, accumulation {accumulate}", difference(model, other))
 
 
+# ---- fp16 ------------------------------------------------------------------------------------------------------------
+
+
+class Scaled(FriendlySAMTrainer):
+    """Accelerate takes no fp16 on a CPU by name, but a GradScaler for it: what it sets up on a GPU, set up here."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        self.accelerator.native_amp = True
+        self.accelerator.state._mixed_precision = "fp16"
+
+
+class Overflows(Classifier):
+    """Whose loss is infinite in some micro-batches: of the first pass, of the second, or of both."""
+
+    def __init__(self, first, second, perturbed):
+        super().__init__()
+        self.left = {False: self.forwards(first), True: self.forwards(second)}
+        self.perturbed = perturbed
+
+    @staticmethod
+    def forwards(bad):
+        return iter([torch.inf if number in bad else 1.0 for number in range(16)])
+
+    def forward(self, x, labels):
+        return {"loss": super().forward(x, labels)["loss"] * next(self.left[self.perturbed()])}
+
+
+@pytest.mark.parametrize("clip", (0.0, 0.05), ids=("", "clipping"))
+@pytest.mark.parametrize("accumulate", (1, 3))
+@pytest.mark.parametrize("where", ("nowhere", "first", "second", "both"))
+def test_fp16_with_a_scaler_and_an_overflow(where, accumulate, clip, tmp_path, record):
+    overflows = [(1, 4) if where in (which, "both") else () for which in ("first", "second")]
+    model = Overflows(*overflows, lambda: trainer.optimizer.optimizer.is_perturbed)
+    args = arguments(tmp_path, gradient_accumulation_steps=accumulate, max_grad_norm=clip)
+    trainer = Scaled(model, args, train_dataset=dataset(), fsam=FSAM)
+    trainer.train()
+    other = Overflows(*overflows, lambda: optimizer.is_perturbed)
+    optimizer = adamw(other, FSAM)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    how = {"epochs": 2, "accumulate": accumulate, "divide": len, "clip": clip or None, "autocast": torch.half}
+    train(other, optimizer, data(), grad_scaler=scaler, loss=loss_of, **how)
+    assert trainer.accelerator.scaler.get_scale() == scaler.get_scale()
+    assert scaler.get_scale() > 2**10 or where != "nowhere"
+    case = f"fp16, overflow {where}, accumulation {accumulate}{', clipping' if clip else ''}"
+    record("transformers", case, difference(model, other))
+
+
 # ---- Models of transformers and peft ---------------------------------------------------------------------------------
 
 
