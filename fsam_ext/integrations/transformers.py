@@ -39,7 +39,8 @@ class FriendlySAMTrainerMixin:
         ImportError: the adapter was not tested with this version of transformers.
         TypeError: when training starts: the optimizer in ``optimizers=`` is none of this package; or at a batch that
             cannot be kept.
-        ValueError: both ``fsam`` and an optimizer, DeepSpeed, or an ``args.optim`` that is made of a whole model.
+        ValueError: both ``fsam`` and an optimizer, DeepSpeed, or an ``args.optim`` that is made of a whole model or
+            schedule-free.
     """
 
     def __init__(self, *args: Any, fsam: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -63,6 +64,11 @@ class FriendlySAMTrainerMixin:
             raise ValueError(
                 f"{getattr(base, '__name__', base)} (args.optim or optimizer_cls_and_kwargs) is made of a whole model, "
                 "which F-SAM has no way into; name an optimizer of parameters"
+            )
+        if hasattr(base, "train"):
+            raise ValueError(
+                f"{base.__name__} moves the weights between training and evaluation, which the Trainer asks of it in "
+                "each micro-batch, perturbed ones included; name another optimizer in args.optim"
             )
         self.optimizer_cls_and_kwargs = FriendlySAM, {"base_optimizer": base, **self._fsam, **options}
         try:
@@ -96,7 +102,7 @@ class FriendlySAMTrainerMixin:
         """Logs with each loss what the last ascent measured."""
         if "loss" in logs and self._second_pass is not None:
             stats = self._friendly.stats()
-            logs = {**logs, **{f"fsam/{name}": stats[name].item() for name in LOGGED if name in stats}}
+            logs = {**logs, **{f"fsam/{name}": float(stats[name]) for name in LOGGED if name in stats}}
         super().log(logs, *args, **kwargs)
 
     @property

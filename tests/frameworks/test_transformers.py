@@ -441,6 +441,8 @@ def test_what_is_refused(tmp_path):
     refused(ValueError, "fsam= and optimizers= were both given", optimizers=ours)
     of_a_model = (lambda: lambda model: None), {}
     refused(ValueError, "is made of a whole model", optimizer_cls_and_kwargs=of_a_model)
+    schedule_free = type("ScheduleFree", (torch.optim.SGD,), {"train": lambda self: None}), {"lr": 0.1}
+    refused(ValueError, "ScheduleFree moves the weights", optimizer_cls_and_kwargs=schedule_free)
     refused(ValueError, "rho", fsam={"rho": -1.0})
     refused(TypeError, "a batch of type generator is used up", data_collator=lambda some: {"x": (row for row in some)})
 
