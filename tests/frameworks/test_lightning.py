@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from fsam_ext import FriendlySAM
 
+from ..host_waits import HostWaits
 from .reference import SIZE, RandomStates, batches, difference, loss_of, network, rows, train
 
 lightning = pytest.importorskip("lightning.pytorch")
@@ -277,6 +278,29 @@ def test_hooks_metrics_and_logs_are_of_the_first_pass(tmp_path, record, monkeypa
     for name in ("noise_norm", "grad_norm"):
         assert all(float(row[f"fsam/{name}"]) > 0 for row in logged)
     assert all(-1 <= float(row["fsam/cosine"]) <= 1 and float(row["fsam/found_inf"]) == 0 for row in logged)
+
+
+def test_the_callback_reads_nothing_on_the_host(tmp_path):
+    class Bare(Module):
+        def training_step(self, batch, batch_idx):
+            return loss_of(self.net, batch)
+
+    class Watched(FriendlySAMCallback):
+        found: list[str] = []
+        steps = 0
+
+        def on_before_optimizer_step(self, trainer, *args):
+            with HostWaits("cpu") as waits:
+                super().on_before_optimizer_step(trainer, *args)
+            self.found.extend(waits.found)
+            self.steps += 1
+
+    watched = Watched()
+    made = trainer(tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=4)
+    made.callbacks[:] = [watched]
+    made.fit(Bare(), loader())
+    assert watched.steps == 16 and watched.found == []
+    assert made.logged_metrics["fsam/grad_norm"] > 0  # it is Lightning's logger that reads
 
 
 def test_averaged_weights_are_never_perturbed_ones(tmp_path, record):
