@@ -130,10 +130,10 @@ $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
 # What cannot be installed is said here, and once more under the table.
 $(VENV)/.frameworks: $(VENV)/.extra-build Makefile
 	$(PIP) install -q -c $(CONSTRAINTS) "pytest>=8" numpy scikit-learn
-	for package in $(FRAMEWORKS); do \
+	@for package in $(FRAMEWORKS); do \
 	    $(PIP) install -q -c $(CONSTRAINTS) $$package || echo "fsam_ext: $$package COULD NOT BE INSTALLED" >&2; \
 	done
-	$(PIP) install -q --no-deps $(COMPOSER) && $(PIP) install -q -c $(CONSTRAINTS) $(COMPOSER_IS) \
+	@$(PIP) install -q --no-deps $(COMPOSER) && $(PIP) install -q -c $(CONSTRAINTS) $(COMPOSER_IS) \
 	|| echo "fsam_ext: $(COMPOSER) COULD NOT BE INSTALLED" >&2
 	@touch $@
 
