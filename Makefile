@@ -23,15 +23,22 @@ PARALLEL    := -n auto --dist loadgroup
 # Nobody waits for ever: a process that dies ends the run, as one in its place might get no work and never end; and so does
 # a test of a quarter of an hour, with its traceback. ARGS="-o faulthandler_timeout=0" is for longer ones.
 PARALLEL    += --max-worker-restart=0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
+# Real frameworks, in an environment of their own. Composer asks for an older torch than fsam_ext, so it is installed
+# without its requirements, and they by name.
+FRAMEWORKS  := lightning==2.6.6 transformers==5.24.0 accelerate==1.15.0 peft==0.21.2 timm==1.0.31 torchmetrics==1.7.4 \
+               skorch==1.4.0 fastai==2.8.12 pytorch-ignite==0.5.5 keras==3.15.1
+COMPOSER    := mosaicml==0.32.1
+COMPOSER_IS := coolname importlib-metadata mosaicml-cli pillow psutil py-cpuinfo pyyaml requests tabulate torch_optimizer
 CPP          = $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test house build lint format bench bench-full cuda-check gpu-check sanitize wheel clean FORCE
+.PHONY: help demo test test-frameworks frameworks house build lint format bench bench-full cuda-check gpu-check \
+        sanitize wheel clean FORCE
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.extra-demo ## train on Fashion-MNIST: plain, SAM and F-SAM
 	$(BUILD) --inplace
@@ -40,6 +47,13 @@ demo: $(VENV)/.extra-demo ## train on Fashion-MNIST: plain, SAM and F-SAM
 test: $(VENV)/.extra-dev ## run the tests
 	$(BUILD) --inplace
 	$(PY) -m pytest $(PARALLEL) --durations=10 $(ARGS)
+
+test-frameworks: ## train with Lightning, Trainer, Accelerate, timm and Composer, in .venv-frameworks; ends with a table
+	$(MAKE) VENV=$(VENV)-frameworks frameworks
+
+frameworks: $(VENV)/.frameworks
+	$(BUILD) --inplace
+	$(PY) -m pytest tests/frameworks $(ARGS)
 
 house: $(VENV)/.extra-dev ## the plan of the package in figures, and an interrupt at every line of every kind of step (ten minutes)
 	$(BUILD) --inplace
@@ -88,7 +102,7 @@ wheel: $(VENV)/.extra-build ## a wheel and an sdist in dist/
 	$(PY) -m build --no-isolation
 
 clean: ## remove what the targets above have made, .venv included
-	rm -rf build dist *.egg-info $(VENV) .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info $(VENV) $(VENV)-frameworks .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find fsam_ext tests bench examples -name __pycache__ -prune -exec rm -rf {} +
 	rm -f fsam_ext/*.so
 
@@ -114,6 +128,16 @@ $(VENV)/.torch: $(VENV)/.python FORCE
 $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
 	$(PIP) install -q -c $(CONSTRAINTS) "setuptools>=77" "ninja>=1.11"
 	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[$*]"
+	@touch $@
+
+# What cannot be installed is said here, and once more under the table.
+$(VENV)/.frameworks: $(VENV)/.extra-build Makefile
+	$(PIP) install -q -c $(CONSTRAINTS) "pytest>=8" numpy scikit-learn
+	@for package in $(FRAMEWORKS); do \
+	    $(PIP) install -q -c $(CONSTRAINTS) $$package || echo "fsam_ext: $$package COULD NOT BE INSTALLED" >&2; \
+	done
+	@$(PIP) install -q --no-deps $(COMPOSER) && $(PIP) install -q -c $(CONSTRAINTS) $(COMPOSER_IS) \
+	|| echo "fsam_ext: $(COMPOSER) COULD NOT BE INSTALLED" >&2
 	@touch $@
 
 .PRECIOUS: $(VENV)/.extra-%

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from typing import Any
 
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from .batch_norm import freeze_stats
 from .optimizer import FriendlySAM
@@ -53,14 +55,9 @@ class SecondPass:
         """Keeps a micro-batch, and where the random numbers are, for the second pass.
 
         Raises:
-            TypeError: the batch is a generator or another iterator, which the first pass uses up.
+            TypeError: the batch is or holds a generator or another iterator, which the first pass uses up.
         """
-        if isinstance(batch, Iterator):
-            raise TypeError(
-                f"a batch of type {type(batch).__name__} is used up by the first pass, so the second could not see it; "
-                "make a list or a tensor of it before the first pass"
-            )
-        self._kept.append((batch, self._random_state()))
+        self._kept.append((tree_map(_kept, batch), self._random_state()))
 
     def forget(self) -> None:
         """Drops what was kept: the step is given up, or made without a second pass."""
@@ -114,6 +111,16 @@ class SecondPass:
         if hasattr(self._model, "no_sync"):
             return self._model.no_sync()
         return _kept_local(self._model) if hasattr(self._model, "set_requires_gradient_sync") else nullcontext()
+
+
+def _kept(part: Any) -> Any:
+    """A part of a batch; its containers are copied, because first passes pop labels from them."""
+    if isinstance(part, Iterator):
+        raise TypeError(
+            f"a batch of type {type(part).__name__} is used up by the first pass, so the second could not see it; "
+            "make a list or a tensor of it before the first pass"
+        )
+    return copy(part) if isinstance(part, MutableMapping) else part
 
 
 @contextmanager

@@ -17,6 +17,12 @@ def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=None, help="repeat a run with the seed that it printed")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """tests/frameworks need packages of their own, so they are run only where they are named: make test-frameworks."""
+    named = any("tests/frameworks" in str(arg) for arg in config.invocation_params.args)
+    return True if collection_path.name == "frameworks" and not named else None
+
+
 def pytest_configure(config):
     seed = config.getoption("--seed")
     if hasattr(config, "workerinput"):  # one of several processes that share the tests

@@ -22,7 +22,7 @@ FLOORS = (
     ("optimizer", "sam"),
     ("second_pass",),
     ("__init__",),
-    ("info", "convert", "checkpoint"),
+    ("info", "convert", "checkpoint", "integrations"),
 )
 
 

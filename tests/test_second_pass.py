@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import warnings
+from collections import UserDict
 
 import pytest
 import torch
@@ -312,7 +315,26 @@ def test_what_cannot_be_replayed_is_refused():
     model, optimizer = made()
     with pytest.raises(TypeError, match="a batch of type generator is used up by the first pass"):
         SecondPass(optimizer, model).keep(i for i in range(3))
+    with pytest.raises(TypeError, match="a batch of type list_iterator is used up by the first pass"):
+        SecondPass(optimizer, model).keep({"x": X, "more": [iter([1])]})
     with pytest.raises(TypeError, match="optimizer must be a fsam_ext.FriendlySAM or SAM, not SGD"):
         SecondPass(torch.optim.SGD(model.parameters()))
     with pytest.raises(RuntimeError, match=r"call keep\(batch\) before each forward pass"):
         SecondPass(optimizer).run(backward)
+
+
+def test_a_first_pass_may_take_its_batch_apart():
+    model, optimizer = made()
+    second, batch = SecondPass(optimizer, model), UserDict(x=X, rest={"y": [Y]})
+    second.keep((batch, 0))
+    cross_entropy(model(batch.pop("x")), batch["rest"].pop("y")[0]).backward()
+    (kept,) = second.run(lambda kept: cross_entropy(model(kept[0]["x"]), Y).backward() or kept[0])
+    assert kept["x"] is X and kept is not batch
+
+
+def test_no_framework_is_imported():
+    code = (
+        "import sys, fsam_ext; print([name for name in sys.modules if 'integrations' in name and 'fsam_ext' in name])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
