@@ -1,7 +1,7 @@
-"""Lets torchvision be imported where its operators are not.
+"""Lets torchvision be imported where its operators are not: import this first.
 
-PyPI has torchvision linked against CUDA's libraries. Where torch is without CUDA they do not load, and then importing
-torchvision fails at the two operators that it describes to torch. Declaring these two is enough to import it.
+The registries have torchvision linked against CUDA. Where torch is without CUDA its operators do not load, and then
+importing torchvision fails at the two that it describes to torch. Declaring these is enough; nothing here calls them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ def _declare() -> None:
         try:
             torch.ops.load_library(library)
         except OSError:
-            operators = torch.library.Library("torchvision", "DEF")
-            for name in ("nms", "qnms"):
-                operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _DECLARED.append(operators)
+            if not hasattr(torch.ops.torchvision, "nms"):
+                operators = torch.library.Library("torchvision", "FRAGMENT")
+                for name in ("nms", "qnms"):
+                    operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                _DECLARED.append(operators)
 
 
 _declare()
