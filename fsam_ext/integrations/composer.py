@@ -29,7 +29,7 @@ class ComposerFriendlySAM(Algorithm):
     """Makes Composer's training steps those of F-SAM, around a :class:`fsam_ext.FriendlySAM`::
 
         optimizer = FriendlySAM(model.parameters(), torch.optim.AdamW, lr=1e-3)
-        Trainer(model=model, optimizers=optimizer, algorithms=[ComposerFriendlySAM()], ...)
+        trainer = Trainer(model=model, optimizers=optimizer, algorithms=[ComposerFriendlySAM()])
 
     The second pass has the micro-batches and the random numbers of the first. It leaves running statistics, train
     metrics and the loss that is logged alone, and callbacks do not see it. GradientClipping clips the second gradient

@@ -9,8 +9,9 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
@@ -233,6 +234,22 @@ def test_a_step_that_raises_leaves_nothing_behind(perturbed):
     assert difference(ours, reference) == 0
 
 
+def test_two_models_with_an_optimizer_each():
+    """As in a GAN: the loop opens accumulate once for both."""
+    pairs = [(network(), network(batch_norm=True)) for _ in range(2)]
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    models = pairs[0]
+    prepared = [accelerator.prepare(model, made(model)) for model in models]
+    steps = [TwoPass(accelerator, *pair, loss_of) for pair in prepared]
+    for batch in batches():
+        with accelerator.accumulate(*models):
+            for step in steps:
+                step(batch)
+    for ours, reference in zip(*pairs):
+        train(reference, made(reference), batches(), accumulate=2)
+        assert difference(ours, reference) == 0
+
+
 def test_what_an_ascent_measured_is_for_the_log():
     model = network()
     accelerator = Accelerator(cpu=True)
@@ -271,11 +288,15 @@ class Counting(DistributedDataParallel):
         return super().forward(*args, **kwargs)
 
 
-def on_a_rank(accumulate, options):
+def begin_on_a_rank():
     rank = torch.distributed.get_rank()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
     reset()
+
+
+def on_a_rank(accumulate, options):
+    begin_on_a_rank()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     model = network()
     optimizer = made(model, **options)
@@ -338,3 +359,30 @@ def test_a_local_first_pass(accumulate, record):
     reference = network()
     train(reference, made(reference), batches(), accumulate=2 * accumulate, clip=0.5)
     assert distance(ours, reference.state_dict()) > 1e-4
+
+
+def sharded_on_a_rank(accumulate, base):
+    """Accelerate shards on accelerators only: here it is told to do it on the CPU."""
+    begin_on_a_rank()
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    accelerator.state.fsdp_plugin = plugin
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    model = network()
+    model, optimizer, data = accelerator.prepare(model, made(model, base), loader())
+    assert accelerator.is_fsdp2 and all(isinstance(param, DTensor) for param in model.parameters())
+    step = TwoPass(accelerator, model, optimizer, loss_of, clip=0.5)
+    for batch in data:
+        step(batch)
+    return {name: value.full_tensor() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("base", (SGD, AdamW))
+@pytest.mark.parametrize("accumulate", (1, 2))
+def test_fsdp_2(accumulate, base, record):
+    reference = network()
+    train(reference, made(reference, base), batches(), accumulate=2 * accumulate, clip=0.5)
+    for state in run(2, sharded_on_a_rank, accumulate, base):
+        case = f"FSDP 2, {base.__name__}, accumulate {accumulate}"
+        record("accelerate", case, distance(state, reference.state_dict()), 1e-7)
