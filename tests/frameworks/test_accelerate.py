@@ -8,9 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -19,10 +16,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from fsam_ext import FriendlySAM
-from fsam_ext.integrations.accelerate import TwoPass
 
 from ..distributed.ranks import run
 from .reference import SIZE, RandomStates, batches, difference, loss_of, network, rows, train
+
+pytest.importorskip("accelerate")
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
+
+from fsam_ext.integrations.accelerate import TwoPass
 
 
 @pytest.fixture(autouse=True)

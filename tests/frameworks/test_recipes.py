@@ -34,10 +34,6 @@ def recipe(title):
     return names
 
 
-def installed(package):
-    return pytest.importorskip(package, reason=f"NOT TESTED: {package} is not installed")
-
-
 def made(model):
     return FriendlySAM(model.parameters(), SGD, **OPTIONS)
 
@@ -49,7 +45,7 @@ def by_hand(states, **options):
 
 
 def test_skorch(record):
-    installed("skorch")
+    pytest.importorskip("skorch")
     from skorch.callbacks import GradientNormClipping
 
     model = network(dropout=0.5, batch_norm=True)
@@ -74,7 +70,7 @@ def test_skorch(record):
 
 @pytest.mark.parametrize("accumulate", (1, 2))
 def test_fastai(accumulate, record):
-    installed("fastai")
+    pytest.importorskip("fastai")
     from fastai.callback.training import GradientAccumulation, GradientClip
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
@@ -100,7 +96,7 @@ def test_fastai(accumulate, record):
 
 
 def test_ignite(record):
-    installed("ignite")
+    pytest.importorskip("ignite")
     from ignite.engine import Events
 
     model = network(dropout=0.5, batch_norm=True)
@@ -126,7 +122,7 @@ def keras_model(keras, kind):
 
 def test_keras(record):
     os.environ.setdefault("KERAS_BACKEND", "torch")
-    keras = installed("keras")
+    keras = pytest.importorskip("keras")
     assert keras.backend.backend() == "torch"
     ours, reference = keras_model(keras, recipe("Keras")["TwoPassModel"]), keras_model(keras, keras.Model)
     optimizer, plain = made(ours), made(reference)
@@ -161,7 +157,7 @@ def test_keras(record):
 
 @pytest.mark.parametrize("scaled", (False, True), ids=("", "GradScaler"))
 def test_torchvisions_references(scaled, record):
-    torchvision = installed("torchvision")
+    torchvision = pytest.importorskip("torchvision")
     two_passes = recipe("torchvision's references")["two_passes"]
     draw = torch.Generator().manual_seed(1)
     data = [(torch.randn(4, 3, 32, 32, generator=draw), torch.randint(5, (4,), generator=draw)) for _ in range(3)]

@@ -18,14 +18,14 @@ from ..distributed.ranks import run
 from . import torchvision_on_cpu  # noqa: F401  before timm, which imports torchvision
 from .reference import RandomStates, batches, difference, network, train
 
-import timm  # isort: skip
-from timm.loss import LabelSmoothingCrossEntropy  # isort: skip
-from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs  # isort: skip
-from timm.scheduler import CosineLRScheduler  # isort: skip
-from timm.task import ClassificationTask  # isort: skip
-from timm.utils import ModelEmaV3, NativeScaler  # isort: skip
+timm = pytest.importorskip("timm")
+from timm.loss import LabelSmoothingCrossEntropy  # noqa: E402
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs  # noqa: E402
+from timm.scheduler import CosineLRScheduler  # noqa: E402
+from timm.task import ClassificationTask  # noqa: E402
+from timm.utils import ModelEmaV3, NativeScaler  # noqa: E402
 
-from fsam_ext.integrations.timm import TwoPassScaler, register  # isort: skip
+from fsam_ext.integrations.timm import TwoPassScaler, register  # noqa: E402
 
 
 def made(model, base=SGD, **options):
