@@ -81,7 +81,8 @@ class TwoPassScaler:
         grad_scaler: a torch.amp.GradScaler, for float16; None without.
 
     Raises:
-        TypeError: the optimizer is none of this package, or the loss function is no module and has no hooks.
+        TypeError: the optimizer is none of this package, the loss function is no module and has no hooks, or the scaler
+            is none of torch's.
         ValueError: ``ascent_sync=False``: timm's loop exchanges gradients in the last micro-batch of a first pass.
     """
 
@@ -96,6 +97,8 @@ class TwoPassScaler:
     ) -> None:
         if loss_fn is not None and not isinstance(loss_fn, nn.Module):
             raise TypeError(f"loss_fn must be a torch.nn.Module, whose hooks see the targets, not {loss_fn!r}")
+        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+            raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, not {type(grad_scaler).__name__}")
         self._second_pass = SecondPass(optimizer, model)
         if not optimizer.ascent_sync:
             raise ValueError(

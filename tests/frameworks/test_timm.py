@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 from contextlib import nullcontext, suppress
 from functools import partial
 
@@ -173,6 +175,18 @@ def test_the_average_of_weights_takes_no_perturbed_ones(record):
     record("timm", "ModelEmaV3", difference(loop.ema.module, by_hand.module))
 
 
+def test_a_copy_of_the_model_has_no_scaler_of_its_own():
+    """Nor an optimizer: a copy for an average of weights would hold all state twice."""
+    model, loss_fn = network(), nn.CrossEntropyLoss()
+    optimizer = made(model)
+    scaler = TwoPassScaler(optimizer, model, loss_fn)
+    count = sum(type(one) is TwoPassScaler for one in gc.get_objects())
+    copied = copy.deepcopy(model)
+    assert sum(type(one) is TwoPassScaler for one in gc.get_objects()) == count
+    copied(batches()[0][0])  # which is no forward pass of the loop
+    scaler(loss_fn(model(batches()[0][0]), batches()[0][1]), optimizer)
+
+
 def test_learning_rates(record):
     ours, reference = network(), network()
     optimizer, plain, loss_fn = made(ours), made(reference), nn.CrossEntropyLoss()
@@ -297,6 +311,8 @@ def test_bad_input():
         TwoPassScaler(SGD(model.parameters(), lr=0.1), model, loss_fn)
     with pytest.raises(TypeError, match="loss_fn must be a torch.nn.Module, whose hooks see the targets"):
         TwoPassScaler(optimizer, model, cross_entropy)
+    with pytest.raises(TypeError, match="grad_scaler must be a torch.amp.GradScaler, not NativeScaler"):
+        TwoPassScaler(optimizer, model, loss_fn, NativeScaler(device="cpu"))
     with pytest.raises(ValueError, match="ascent_sync must be True with timm"):
         TwoPassScaler(made(model, ascent_sync=False, ema_source="descent"), model, loss_fn)
     scaler = TwoPassScaler(optimizer, model, loss_fn)
