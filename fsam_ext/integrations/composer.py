@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy
+import torch
 from composer import Algorithm, Event, Logger, State
 from composer.algorithms import GradientClipping
 from composer.core import Precision
@@ -51,7 +52,9 @@ class ComposerFriendlySAM(Algorithm):
         """Attaches to the optimizer, or logs what its last ascent measured."""
         (optimizer,) = state.optimizers
         if event is Event.BATCH_END:
-            logger.log_metrics({f"fsam/{name}": value.item() for name, value in optimizer.stats().items()})
+            stats = optimizer.stats()
+            values = torch.stack([value.double() for value in stats.values()]).tolist()  # the device is waited for once
+            logger.log_metrics({f"fsam/{name}": value for name, value in zip(stats, values)})
             return
         if not isinstance(optimizer, FriendlySAM):
             raise TypeError(
