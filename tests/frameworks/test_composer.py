@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from fsam_ext import FriendlySAM
 
 from ..distributed.ranks import run
-from . import torchvision_on_cpu  # noqa: F401  before composer, which imports torchvision
+from . import torchvision_on_cpu  # noqa: F401  on ranks too, which have no conftest.py
 from .reference import SIZE, RandomStates, batches, difference, loss_of, network, rows, train
 
 pytest.importorskip("composer")

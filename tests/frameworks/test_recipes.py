@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from fsam_ext import FriendlySAM
 
-from . import torchvision_on_cpu  # noqa: F401  before what imports torchvision
 from .reference import SIZE, RandomStates, batches, difference, loss_of, network, rows, train
 
 DOCS = Path(__file__).parents[2] / "docs"

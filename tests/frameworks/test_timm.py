@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW
 from fsam_ext import SAM, FriendlySAM
 
 from ..distributed.ranks import run
-from . import torchvision_on_cpu  # noqa: F401  before timm, which imports torchvision
+from . import torchvision_on_cpu  # noqa: F401  on ranks too, which have no conftest.py
 from .reference import RandomStates, batches, difference, network, train
 
 timm = pytest.importorskip("timm")
