@@ -6,18 +6,8 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
-import torch
 
-# timm and torchmetrics import torchvision. The one that the registries serve has no operators where torch has no CUDA,
-# and gives them meta kernels all the same, which fails. Nothing here calls them.
-try:
-    import torchvision  # noqa: F401
-except ImportError:
-    pass
-except RuntimeError:
-    _operators = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from . import torchvision_on_cpu  # noqa: F401  before timm and torchmetrics, which import torchvision
 
 FRAMEWORKS = ("lightning", "transformers", "peft", "accelerate", "timm", "mosaicml")
 FRAMEWORKS += ("skorch", "fastai", "pytorch-ignite", "keras")
