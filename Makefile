@@ -48,12 +48,12 @@ test: $(VENV)/.extra-dev ## run the tests
 	$(BUILD) --inplace
 	$(PY) -m pytest $(PARALLEL) --durations=10 $(ARGS)
 
-test-frameworks: ## train with Lightning, Trainer, Accelerate, timm and Composer, in .venv-frameworks; ends with a table
+test-frameworks: build ## train with Lightning, Trainer, Accelerate, timm and Composer, in .venv-frameworks; ends with a table
 	$(MAKE) VENV=$(VENV)-frameworks frameworks
 
+# The libraries that are built serve any torch: they are not built once more.
 frameworks: $(VENV)/.frameworks
-	$(BUILD) --inplace
-	$(PY) -m pytest tests/frameworks $(ARGS)
+	PYTHONPATH=$(CURDIR) $(PY) -m pytest tests/frameworks $(ARGS)
 
 house: $(VENV)/.extra-dev ## the plan of the package in figures, and an interrupt at every line of every kind of step (ten minutes)
 	$(BUILD) --inplace
@@ -131,7 +131,7 @@ $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 # What cannot be installed is said here, and once more under the table.
-$(VENV)/.frameworks: $(VENV)/.extra-build Makefile
+$(VENV)/.frameworks: $(VENV)/.torch Makefile
 	$(PIP) install -q -c $(CONSTRAINTS) "pytest>=8" numpy scikit-learn
 	@for package in $(FRAMEWORKS); do \
 	    $(PIP) install -q -c $(CONSTRAINTS) $$package || echo "fsam_ext: $$package COULD NOT BE INSTALLED" >&2; \
