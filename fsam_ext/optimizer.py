@@ -339,8 +339,7 @@ class FriendlySAM(StatefulOptimizer):
             with closures.with_a_graph_of_its_own():
                 yield
             if self._stage is Stage.PERTURBED:  # otherwise the block has finished or given up the step itself
-                with torch.no_grad():
-                    self._passes.restore_weights(self.param_groups)
+                self._passes.restore_weights(self.param_groups)
         except BaseException:
             if not open_already:
                 self.restore()

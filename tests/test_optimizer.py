@@ -536,20 +536,3 @@ def test_flattened_models_take_the_same_steps():
         for batch in batches(30):
             one_step(model, optimizer, batch, "two_steps")
     assert worst(*models) < 1e-12
-
-
-@pytest.mark.parametrize("base", [SGD, AdamW, torch.optim.NAdam])
-@pytest.mark.parametrize("on_device", [False, True])
-def test_to_maximise_is_to_minimise_the_negative(base, on_device):
-    def run(maximize):
-        p = nn.Parameter(torch.linspace(-1, 1, 5))
-        rho = torch.tensor(0.3) if on_device else 0.3
-        optimizer = FriendlySAM([p], base, rho=rho, lr=0.05, maximize=maximize)
-        for _ in range(5):
-            for half in (optimizer.first_step, optimizer.second_step):
-                objective = p.sin().sum() - (p**4).sum()
-                (objective if maximize else -objective).backward()
-                half(zero_grad=True)
-        return p.detach()
-
-    assert torch.equal(run(True), run(False))

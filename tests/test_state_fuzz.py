@@ -106,6 +106,8 @@ class Program:
         self.log.append(way)
         self.both(self.edits("before", 0.5))
         first, second = self.grads(), self.grads()
+        while all(grad is None for grad in second) and any(grad is not None for grad in first):
+            second = self.grads()  # a step without a second gradient is refused
         poisoned = [g for g in first if g is not None and g.numel()]
         skipped = way in WAYS and rng.random() < 0.05 and poisoned != []
         if skipped:
@@ -288,9 +290,9 @@ class Unchanged:
         drop = self.rng.random() < 0.3
         grads = [
             None
-            if drop and self.rng.random() < 0.4
+            if number and drop and self.rng.random() < 0.4  # a step without any second gradient is refused
             else torch.randn(p.shape, generator=self.generator, dtype=torch.float64).to(p.dtype)
-            for p in self.plain.params
+            for number, p in enumerate(self.plain.params)
         ]
         for side in (self.edited, self.plain):
             side.set_grads(grads)

@@ -66,8 +66,10 @@ class BackwardCount:
             return self._count > 0
         # Flattened gradients are always there.
         there = [param for param in params if param.grad is not None and REGISTRY.get(param) is None]
-        used = None if self._used is None else next((p for p in there if id(p) == self._used[0]), None)
-        return bool(there) if used is None else mark(used) != self._used[1]
+        if self._used is None:
+            return bool(there)
+        number, before = self._used
+        return any(id(param) == number and mark(param) != before for param in there)
 
     def used(self, param: Tensor) -> None:
         """A pass has read the gradients, of which this parameter's stands for all."""

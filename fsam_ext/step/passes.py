@@ -108,7 +108,7 @@ class Passes:
             flat.saved(),
             self.norm.totals[flat.device],
             scales.get(flat.device),
-            *_radius(group, flat.device),
+            *number_or_tensor(group["rho"], flat.device),
             group["sigma"],
             group["lmbda"],
             group["perturb_eps"],
@@ -265,6 +265,7 @@ class Passes:
                 check_gradient(param, partial(name_of, groups))
             raise
 
+    @torch.no_grad()
     def restore_weights(self, groups: list[dict[str, Any]]) -> None:
         """Brings the weights back; the step goes on, with the second gradient in place.
 
@@ -331,14 +332,6 @@ class Passes:
         """Says what there is to warn of, now that the step is over: a warning may be an error somewhere."""
         while self._warnings:
             warn_user(self._warnings.pop())
-
-
-def _radius(group: dict[str, Any], device: torch.device) -> tuple[float, Tensor | None]:
-    """rho as the op takes it. Who maximises J minimises -J, whose gradient points the other way."""
-    number, tensor = number_or_tensor(group["rho"], device)
-    if not group.get("maximize", False):
-        return number, tensor
-    return -number, None if tensor is None else -tensor
 
 
 def _forward_dtypes(groups: list[dict[str, Any]]) -> str:
