@@ -501,3 +501,22 @@ def test_an_int8_average_that_was_cut_without_its_scales_is_refused_in_one_sente
     del optimizer.state[new]["fsam_ema"], optimizer.state[new]["fsam_ema_scale"]
     step(optimizer, 1)  # the average starts anew
     assert optimizer.state[new]["momentum_buffer"].shape == (150, 3)
+
+
+def test_a_buffer_that_no_group_asks_for_any_more_does_not_take_the_backup_along():
+    """momentum set to 0 leaves old momentum in state; then the buffers grow."""
+    params = [nn.Parameter(torch.randn(3)) for _ in range(2)]
+    optimizer = SAM(params, torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+
+    def step(*having):
+        for half in (optimizer.first_step, optimizer.second_step):
+            for param in params:
+                param.grad = torch.ones(3) if any(param is one for one in having) else None
+            half()
+
+    step(params[0])
+    optimizer.param_groups[0]["momentum"] = 0.0
+    before = [param.detach().clone() for param in params]
+    step(*params)
+    assert all(torch.allclose(param, old - 0.1) for param, old in zip(params, before))
+    assert optimizer.state[params[0]]["momentum_buffer"].eq(1).all()

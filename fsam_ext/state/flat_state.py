@@ -162,8 +162,9 @@ class FlatState:
         """This layout with a slice for each of ``params`` and a buffer for each of ``names``; itself where it has them.
 
         A parameter of another shape or order than its slice gets one at the end. A buffer that has to grow is a new one
-        without values: those are in ``state``.
+        without values: those are in ``state``. One that nobody asks for is left behind, for nothing would own it.
         """
+        names = list(dict.fromkeys(names))
         changed = {}
         for param in params:
             form = _form(param)
@@ -177,8 +178,8 @@ class FlatState:
             new.index.setdefault(param, len(new.index))
             new.offset[param] = new.numel
             new.numel += self._numel_of(shape)
-        new._owned = [new._grown(name) for name in dict.fromkeys((*self.names, *names))]
-        new._buffers = dict(zip(dict.fromkeys((*self.names, *names)), map(TensorWeakRef, new._owned)))
+        new._owned = [new._grown(name) for name in names]
+        new._buffers = dict(zip(names, map(TensorWeakRef, new._owned)))
         new.parts = dict(self.parts)
         return new
 
