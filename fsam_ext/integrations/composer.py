@@ -80,7 +80,6 @@ class _BothPasses:
     def __init__(self, closure: Callable[..., Any], state: State, optimizer: FriendlySAM) -> None:
         self._closure = closure
         self._state = state
-        self._optimizer = optimizer
         self._ascends = optimizer.ascends
         self._local = self._ascends and not optimizer.ascent_sync
         self._first: Any = None
@@ -101,10 +100,7 @@ class _BothPasses:
         numpy.random.set_state(self._drawn[0])
         random.setstate(self._drawn[1])
         with self._unseen(), freeze_stats(self._state.model):
-            loss = self._closure(loss_dict={})
-        if loss is None:
-            self._optimizer.zero_grad()  # of a step that is given up, which the next would warn of
-        return loss
+            return self._closure(loss_dict={})
 
     @contextmanager
     def _without_clipping(self) -> Iterator[None]:

@@ -21,9 +21,8 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from ..second_pass import SecondPass
+from .logged import logged
 from .versions import require
-
-LOGGED = ("noise_norm", "grad_norm", "cosine", "effective_cosine", "found_inf")
 
 
 class FriendlySAMCallback(Callback):
@@ -89,8 +88,7 @@ class FriendlySAMCallback(Callback):
         if scaler is not None and any(replayed):
             scaler.unscale_(optimizer)  # as Lightning had done with the first: clipping comes next
         if trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
-            stats = self._optimizer.stats()
-            pl_module.log_dict({f"fsam/{name}": stats[name].float() for name in LOGGED if name in stats})
+            pl_module.log_dict(logged(self._optimizer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the weights, before checkpoints are written."""

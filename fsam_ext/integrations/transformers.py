@@ -16,9 +16,8 @@ from transformers import Trainer
 
 from ..optimizer import FriendlySAM
 from ..second_pass import SecondPass
+from .logged import logged
 from .versions import require
-
-LOGGED = ("noise_norm", "grad_norm", "cosine", "effective_cosine", "found_inf")
 
 
 class FriendlySAMTrainerMixin:
@@ -101,8 +100,7 @@ class FriendlySAMTrainerMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs with each loss what the last ascent measured."""
         if "loss" in logs and self._second_pass is not None:
-            stats = self._friendly.stats()
-            logs = {**logs, **{f"fsam/{name}": float(stats[name]) for name in LOGGED if name in stats}}
+            logs = {**logs, **{name: float(value) for name, value in logged(self._friendly).items()}}
         super().log(logs, *args, **kwargs)
 
     @property

@@ -133,6 +133,24 @@ def one_step(
     return losses
 
 
+def train_with_local_first_passes(
+    model: nn.Module, optimizer: FriendlySAM, data: Sequence[Batch], accumulate: int, clip: float | None = None
+) -> None:
+    """Trains a DistributedDataParallel model whose ranks exchange gradients in the last second pass of a step only."""
+    for first in range(0, len(data), accumulate):
+        window = data[first : first + accumulate]
+        with model.no_sync():
+            for batch in window:
+                (loss_of(model, batch) / accumulate).backward()
+        optimizer.first_step(zero_grad=True)
+        for number, batch in enumerate(window):
+            with nullcontext() if number == len(window) - 1 else model.no_sync():
+                (loss_of(model, batch) / accumulate).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.second_step(zero_grad=True)
+
+
 class RandomStates(list):
     """Where the random numbers are at each clean forward pass of a module: what a framework drew in between is its own.
 
@@ -153,6 +171,10 @@ class RandomStates(list):
 
 def difference(ours: nn.Module, theirs: nn.Module) -> float:
     """The largest difference between two models' parameters and buffers."""
-    a, b = ours.state_dict(), theirs.state_dict()
+    return distance(ours.state_dict(), theirs.state_dict())
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The same of their state_dicts."""
     assert a.keys() == b.keys()
     return torch.stack([(a[name].double() - b[name].double()).abs().max() for name in a]).max().item()

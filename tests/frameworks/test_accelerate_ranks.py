@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
 from ..distributed.ranks import run
-from .reference import batches, loss_of, network, train
+from .reference import batches, distance, loss_of, network, train, train_with_local_first_passes
 
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
@@ -61,29 +60,13 @@ def on_a_rank(accumulate, options):
 def local_by_hand(accumulate, seen, options):
     """The same with DistributedDataParallel and no_sync."""
     model = DistributedDataParallel(network())
-    optimizer = made(model, **options)
-    for first in range(0, len(seen), accumulate):
-        window = seen[first : first + accumulate]
-        with model.no_sync():
-            for batch in window:
-                (loss_of(model, batch) / accumulate).backward()
-        optimizer.first_step(zero_grad=True)
-        for number, batch in enumerate(window):
-            with nullcontext() if number == len(window) - 1 else model.no_sync():
-                (loss_of(model, batch) / accumulate).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
+    train_with_local_first_passes(model, made(model, **options), seen, accumulate, clip=0.5)
     return model.module.state_dict()
 
 
 def both(accumulate, options):
     ours, exchanges, seen = on_a_rank(accumulate, options)
     return ours, exchanges, local_by_hand(accumulate, seen, options)
-
-
-def distance(ours, theirs):
-    return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
 
 
 @pytest.mark.parametrize("accumulate", (1, 2))

@@ -21,7 +21,18 @@ from fsam_ext import FriendlySAM
 
 from ..distributed.ranks import run
 from . import torchvision_on_cpu  # noqa: F401  on ranks too, which have no conftest.py
-from .reference import SIZE, RandomStates, batches, difference, loss_of, network, rows, train
+from .reference import (
+    SIZE,
+    RandomStates,
+    batches,
+    difference,
+    distance,
+    loss_of,
+    network,
+    rows,
+    train,
+    train_with_local_first_passes,
+)
 
 pytest.importorskip("composer")
 
@@ -251,23 +262,10 @@ def on_a_rank(accumulate, options):
 
 
 def local_by_hand(accumulate, seen, options):
-    """With DistributedDataParallel and no_sync in the first pass."""
+    """The same with DistributedDataParallel and no_sync."""
     model = DistributedDataParallel(network())
-    optimizer = made(model, **options)
-    for first in range(0, len(seen), accumulate):
-        window = seen[first : first + accumulate]
-        with model.no_sync():
-            for batch in window:
-                (loss_of(model, batch) / accumulate).backward()
-        optimizer.first_step(zero_grad=True)
-        for batch in window:
-            (loss_of(model, batch) / accumulate).backward()
-        optimizer.second_step(zero_grad=True)
+    train_with_local_first_passes(model, made(model, **options), seen, accumulate)
     return model.module.state_dict()
-
-
-def distance(ours, theirs):
-    return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
 
 
 @pytest.mark.parametrize("accumulate", (1, 2))
