@@ -164,6 +164,29 @@ def test_the_same_run_on_the_cpu(device, base):
     assert training.distance(history, alone(base, 8)) < SAME
 
 
+@pytest.mark.parametrize("brought_back", [False, True], ids=["left to the next step", "brought back"])
+@pytest.mark.parametrize("base", [*BASES, "rmsprop"])
+def test_state_moved_to_the_cpu_and_back(device, base, brought_back):
+    """It frees the GPU's memory, the backup's too, and the run goes on as one whose state stayed."""
+    runs = []
+    for moves in (False, True):
+        model = training.network().to(device)
+        optimizer = training.make(model, base)
+        history = [train(model, optimizer, on(device, training.batches(3)))]
+        if moves:
+            before = torch.cuda.memory_allocated() if device == "cuda" else 0
+            optimizer.move_state("cpu")
+            assert all(value.device.type == "cpu" for entry in optimizer.state.values() for value in entry.values())
+            assert device == "cpu" or torch.cuda.memory_allocated() < before
+            if brought_back:
+                optimizer.move_state()
+                exps = [entry["fsam_ema"] for entry in optimizer.state.values()]
+                assert all(value.device.type == device for value in exps)
+        history.append(train(model, optimizer, on(device, training.batches(3, first=3))))
+        runs.append(torch.cat(history))
+    assert training.distance(runs[1], runs[0]) < SAME
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_checkpoints_resume_the_run_of_the_other_device(device, base):
     data = training.batches(8)

@@ -10,12 +10,14 @@ import os
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim import SGD, AdamW, NAdam
 
 from fsam_ext import SAM, FriendlySAM
+from fsam_ext.state.entries import at_home, moved
 
 from .conformance import identical
 
@@ -520,3 +522,15 @@ def test_a_buffer_that_no_group_asks_for_any_more_does_not_take_the_backup_along
     step(*params)
     assert all(torch.allclose(param, old - 0.1) for param, old in zip(params, before))
     assert optimizer.state[params[0]]["momentum_buffer"].eq(1).all()
+
+
+def test_state_of_any_shape_comes_back_to_where_it_was():
+    """NOTE [where state is at home]: a base's tables are not where their parameter is because of their shape."""
+    with FakeTensorMode():
+        param = torch.empty(3, device="cuda")
+        moment, table, count = torch.empty(3, device="cuda"), torch.empty(256, device="cuda"), torch.empty(())
+        away = [moved(value, param, "cpu") for value in (moment, table, count)]
+        assert [value.device.type for value in away] == ["cpu"] * 3
+        entry = at_home(dict(zip("mtc", away)), param)
+        assert [value.device.type for value in entry.values()] == ["cuda", "cuda", "cpu"]
+        assert all(one is other for one, other in zip(entry.values(), at_home(entry, param).values()))

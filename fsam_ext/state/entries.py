@@ -15,6 +15,11 @@ from .quantization import count_blocks, dequantize, quantize
 from .shards import Describe, local
 
 
+def base_part(entry: Any) -> Any:
+    """The base optimizer's part of an entry; what is no dict is all the base's."""
+    return {n: value for n, value in entry.items() if n not in keys.OWN_STATE} if isinstance(entry, dict) else entry
+
+
 class Refused(ValueError):
     """State that cannot be taken over."""
 
@@ -52,10 +57,13 @@ def check_entry(entry: Any, param: Tensor, names: tuple[str, ...], describe: Des
 
 
 def check_values(entry: Any, fused: bool, param: Tensor, describe: Describe) -> None:
-    """Raises :class:`Refused` for state without values, or a count below 0; reads from the device."""
+    """Raises :class:`Refused` for state without values, a bad scale or a count below 0; reads from the device."""
     for name, value in entry.items():
         if isinstance(value, Tensor) and value.is_meta:
             raise Refused(f"state '{name}' of {describe(param)} is on the meta device and has no values")
+    scale = entry.get(EMA_SCALE)
+    if isinstance(scale, Tensor) and _has_bad(scale):
+        raise Refused(f"state '{EMA_SCALE}' of {describe(param)} {BAD_SCALE}")
     step = entry.get("step") if fused else None
     if step is not None and not 0 <= float(step) < math.inf:
         raise Refused(f"state 'step' of {describe(param)} is {float(step)}, not a number of steps")
@@ -71,8 +79,15 @@ def _check_scales(ema: Tensor, scale: Any, refuse: Callable[[str, str], None]) -
             f"has the scales of an average of another shape than {tuple(ema.shape)}, each of which is of 128 of its "
             "elements in memory; put the average there in float32, to be quantised anew, or delete both",
         )
-    elif not scale.is_meta and (bool((scale < 0).any()) or bool(scale.isinf().any())):
-        refuse(EMA_SCALE, "has a scale that is negative or infinite")
+    elif not hasattr(scale, "fsam_shape") and _has_bad(scale):  # those of our kernels are not waited for
+        refuse(EMA_SCALE, BAD_SCALE)
+
+
+BAD_SCALE = "has a scale that is negative or infinite"
+
+
+def _has_bad(scale: Tensor) -> bool:
+    return not scale.is_meta and bool(((scale < 0) | scale.isinf()).any())
 
 
 def _is_count(value: Any) -> bool:
@@ -142,13 +157,30 @@ def adopt(entry: dict[str, Any], new: dict[str, Any], group: dict[str, Any]) -> 
         entry.pop(EMA_SCALE, None)
 
 
+# NOTE [where state is at home]
+# A tensor of its parameter's shape is at home where the parameter is. Others (step counts, the tables of 8-bit moments)
+# are where their base put them, and one that is moved says where that was. Passes of ours take state from anywhere; a
+# base that is not fused needs it at home.
+
+
 def moved(value: Any, param: Any, device: torch.device | str | None) -> Any:
-    """A part of a parameter's state on another device; None: on the parameter's, where it has its shape."""
+    """A part of a parameter's state on another device; None: NOTE [where state is at home]."""
     if not isinstance(value, Tensor):
         return value
+    home = getattr(value, "fsam_home", value.device)
     if device is None:
-        device = param.device if isinstance(param, Tensor) and value.shape == param.shape else value.device
-    return value.to(device)
+        device = param.device if isinstance(param, Tensor) and value.shape == param.shape else home
+    there = value.to(device)
+    if there.device != home:
+        there.fsam_home = home
+    return there
+
+
+def at_home(entry: Any, param: Any) -> Any:
+    """An entry whose tensors are back where they were moved from."""
+    if not isinstance(entry, dict):
+        return entry
+    return {n: moved(value, param, None) if hasattr(value, "fsam_home") else value for n, value in entry.items()}
 
 
 def asks_for_state(state: dict[Tensor, dict[str, Any]], param_groups: list[dict[str, Any]]) -> bool:

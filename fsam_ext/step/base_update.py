@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..backends import ops
 from ..backends.calls import in_one_go
+from ..state.entries import at_home, base_part
 from ..state.keys import OWN_STATE
 from .base_options import take_back, theirs
 from .segments import Guards, Segment
@@ -206,12 +207,7 @@ class GenericBase:
 
     def prepare(self, state: dict[Any, Any], param_groups: list[dict[str, Any]]) -> Callable[[], int]:
         """Gives the base its groups and its part of ``state``; returns what tells whether it has written (1) since."""
-        parts = {
-            key: {name: value for name, value in entry.items() if name not in OWN_STATE}
-            if isinstance(entry, dict)
-            else entry
-            for key, entry in state.items()
-        }
+        parts = {key: at_home(base_part(entry), key) for key, entry in state.items()}
         parts.update((key, entry) for key, entry in self.made.items() if not parts.get(key))  # loaded state counts
         set_state(self.optimizer, {key: part for key, part in parts.items() if part != {}})
         self.optimizer.param_groups = theirs(param_groups)

@@ -116,12 +116,7 @@ def _read_by_base(
     try:
         set_state(optimizer, {})
         optimizer.param_groups = [dict(group) for group in theirs(groups)]
-        part = {
-            key: {name: value for name, value in entry.items() if name not in OWN_STATE}
-            if isinstance(entry, dict)
-            else entry
-            for key, entry in state_dict["state"].items()
-        }
+        part = {key: entries.base_part(entry) for key, entry in state_dict["state"].items()}
         saved_groups = theirs(state_dict["param_groups"])
         optimizer.load_state_dict({**state_dict, "state": part, "param_groups": saved_groups})
         state = defaultdict(dict, optimizer.state)
