@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -259,7 +260,6 @@ class FriendlySAM(StatefulOptimizer):
             for name in ("grad_scale", "found_inf"):  # GradScaler.step removes them only where nothing is raised
                 self.__dict__.pop(name, None)
             raise
-        self._progress.stepped()
         self._passes.warn()
         return loss
 
@@ -279,6 +279,7 @@ class FriendlySAM(StatefulOptimizer):
                 protocol.check_gradients(passes.transaction.has_perturbed, self.param_groups, passes.backward_count)
             if goes_on:
                 passes.finish(self.param_groups, self.state, scaling)
+                self._progress.stepped()
             else:
                 passes.give_up(self.param_groups)
         except BaseException:
@@ -348,11 +349,11 @@ class FriendlySAM(StatefulOptimizer):
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears all gradients; those that ``flatten_parameters`` laid out are zeroed in place, run by run."""
-        self._passes.backward_count.cleared()
         if len(REGISTRY):
             clear_flattened(self.param_groups, self._passes.layout, set_to_none)
         else:
             super().zero_grad(set_to_none)
+        self._passes.backward_count.cleared(chain.from_iterable(group["params"] for group in self.param_groups))
 
     @torch.no_grad()
     def stats(self) -> dict[str, Tensor]:

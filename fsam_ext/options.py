@@ -26,7 +26,7 @@ OWN_ARGUMENTS = (*OWN_OPTIONS, "every", "start", "end", "rounding_seed", "ascent
 
 def for_base(
     base_optimizer: type[Optimizer], base_kwargs: dict[str, Any], own: dict[str, Any], capturable: bool
-) -> Any:
+) -> dict[str, Any]:
     """The options that the base's constructor gets: NOTE [options of one name] in step/base_options.py.
 
     ``eps`` goes to ``own["perturb_eps"]`` where the base has none.
@@ -132,21 +132,25 @@ def _is_number(value: Any) -> bool:
     return is_finite(value)
 
 
+def _is_length(value: Any) -> bool:
+    """Whether this is a number of at least 0; what a tensor holds is known on its device only."""
+    return _is_number(value) and (isinstance(value, Tensor) or value >= 0)
+
+
 def check_base_options(group: dict[str, Any], number: int) -> None:
     """Raises ValueError for an option of SGD, Adam or AdamW that pass C cannot take."""
 
     def refuse(name: str, wanted: str) -> None:
         raise ValueError(f"{name} of group {number} must be {wanted}, not {group[name]!r}")
 
-    if not _is_number(group["lr"]) or not isinstance(group["lr"], Tensor) and group["lr"] < 0:
+    if not _is_length(group["lr"]):
         refuse("lr", "a finite number of at least 0, or a floating-point tensor of one element")
     for name in ("weight_decay", "momentum", "dampening", "eps"):
         if name in group and (isinstance(group[name], Tensor) or not _is_number(group[name])):
             refuse(name, "a finite number")
     betas = group.get("betas", (0.0, 0.0))
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(map(_is_number, betas)):
-        refuse("betas", "two numbers in [0, 1)")
-    if not all(0 <= float(beta) < 1 for beta in betas):
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(_is_number, betas))
+    if not pair or not all(0 <= float(beta) < 1 for beta in betas):
         refuse("betas", "two numbers in [0, 1)")
     for name in ("maximize", "nesterov", "decoupled_weight_decay"):
         if not is_switch(group.get(name, False)):
@@ -174,7 +178,7 @@ class Watched:
         """Raises TypeError or ValueError for an option that cannot be used."""
         now = [tuple(map(group.get, self._NAMES)) for group in groups]
         try:
-            known = now == self._known and all(_is_plain(group.get(n)) for group in groups for n in self._OFTEN)
+            known = now == self._known and all(_is_length(group.get(n, 0)) for group in groups for n in self._OFTEN)
         except RuntimeError:  # tensors of several elements, which cannot be compared
             known = False
         if known:
@@ -184,10 +188,6 @@ class Watched:
             check_options(group)
             check_fused(group, number, base)
         self._known = now
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) is float and 0 <= value < math.inf
 
 
 def check_fused(group: dict[str, Any], number: int, base: FusedBase | GenericBase) -> None:

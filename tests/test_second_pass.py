@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fsam_ext import SAM, FriendlySAM, SecondPass, flatten_parameters
+from fsam_ext.state.flatten import REGISTRY
+from fsam_ext.step import closures
 
 X, Y = torch.randn(32, 10), torch.randint(3, (32,))
 
@@ -114,6 +116,35 @@ def test_gradients_of_a_step_that_was_given_up_are_thrown_away_without_a_word():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step(lambda: backward(model))
+
+
+@pytest.mark.parametrize("flattened", (False, True), ids=("apart", "flattened"))
+def test_a_closure_costs_no_look_at_each_gradient(flattened, monkeypatch):
+    """Whether there are gradients that nobody used is told by one parameter, once there was a step."""
+    model, optimizer = made(flattened=flattened)
+    optimizer.step(lambda: backward(model))
+    looks = []
+    monkeypatch.setattr(REGISTRY, "get", lambda param, get=REGISTRY.get: looks.append(param) or get(param))
+    for clears in (False, True):
+        if clears:
+            optimizer.zero_grad()
+            looks.clear()
+        closures.SetAside(list(model.parameters()), optimizer._passes.backward_count, lambda: None)
+        assert looks == []
+
+
+def test_state_that_only_was_asked_for_is_no_step_of_a_schedule():
+    """torch.distributed.checkpoint makes a step that changes nothing."""
+    model, optimizer = made(start=1000)
+    optimizer.param_groups[0]["lr"] = 0.0
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert optimizer.state
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del optimizer
+        gc.collect()
 
 
 class Wrapper:

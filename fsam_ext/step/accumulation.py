@@ -64,12 +64,11 @@ class BackwardCount:
         """Whether gradients have come since the last pass of a step used, or cleared, those that were there then."""
         if self._count > 0 or self._given_up:
             return self._count > 0
-        # Flattened gradients are always there.
-        there = [param for param in params if param.grad is not None and REGISTRY.get(param) is None]
-        if self._used is None:
-            return bool(there)
+        if self._used is None:  # before the first step; flattened gradients are there from the start
+            return any(param.grad is not None and REGISTRY.get(param) is None for param in params)
         number, before = self._used
-        return any(id(param) == number and mark(param) != before for param in there)
+        param = next((param for param in params if id(param) == number), None)
+        return param is not None and mark(param) not in (None, before)
 
     def used(self, param: Tensor) -> None:
         """A pass has read the gradients, of which this parameter's stands for all."""
@@ -116,11 +115,13 @@ class BackwardCount:
             "step(closure, accumulate=batches) does it"
         )
 
-    def cleared(self) -> None:
+    def cleared(self, params: Iterable[Tensor]) -> None:
         """Gradients were thrown away, and the backward passes that made them do not count."""
         self._count = 0
-        self._used = None
         self._given_up = False
+        number = None if self._used is None else self._used[0]
+        param = next((param for param in params if id(param) == number), None)
+        self._used = None if param is None else (number, mark(param))
 
     def forget(self) -> None:
         """The next backward pass is the first of a step."""

@@ -265,7 +265,7 @@ class Passes:
                 check_gradient(param, partial(name_of, groups))
             raise
 
-    @torch.no_grad()
+    @torch.no_grad()  # not a block in perturbed(): an interrupt on its last line would leave gradients off
     def restore_weights(self, groups: list[dict[str, Any]]) -> None:
         """Brings the weights back; the step goes on, with the second gradient in place.
 
@@ -303,8 +303,9 @@ class Passes:
 
     def stats(self) -> dict[str, Tensor]:
         """What the last ascent measured: :meth:`fsam_ext.FriendlySAM.stats`."""
-        unknown = torch.full((ops.STATISTICS,), torch.nan, dtype=torch.float64)
-        noise_sq, grad_sq, dot, ema_sq, _ = next(iter(self.norm.totals.values()), unknown).unbind()
+        known = next(iter(self.norm.totals.values()), None)
+        sums = torch.full((ops.STATISTICS,), torch.nan, dtype=torch.float64) if known is None else known
+        noise_sq, grad_sq, dot, ema_sq, _ = sums.unbind()
         effect = {}
         if self._effects:
             pair = effective_norm_and_cosine(total_effect(self._effects))
@@ -314,7 +315,7 @@ class Passes:
             "grad_norm": grad_sq.sqrt(),
             "ema_norm": ema_sq.sqrt(),
             "cosine": dot / (grad_sq.sqrt() * ema_sq.sqrt()),
-            "found_inf": ~noise_sq.isfinite() & bool(self.norm.totals),
+            "found_inf": noise_sq.new_zeros((), dtype=torch.bool) if known is None else ~noise_sq.isfinite(),
             **effect,
         }
 
