@@ -160,6 +160,12 @@ FSAM_FN void accumulate(Effect<V>& sums, V effective, V intended) {
   sums.intended_sq = sums.intended_sq + intended * intended;
 }
 
+// A gradient as the loss has it, where the loss was scaled.
+template <class V, class S>
+FSAM_FN V unscaled(V scaled_g, S inverse_scale) {
+  return scaled_g * inverse_scale;
+}
+
 // The average outside an ascent. A gradient that is not finite leaves its element alone: here no norm has been taken
 // that could tell.
 template <class V, class S>
@@ -179,6 +185,32 @@ FSAM_FN V adopted(V master, V rounded, V weight) {
   return select(rounded == weight, master, written);
 }
 
+// ---- Reuse of the second gradient
+// ----------------------------------------------------------------------------------
+
+// NOTE [reuse of the second gradient]
+// LookSAM (Liu et al., CVPR 2022) on top of F-SAM. What an ascent adds to a step is the part of its second gradient
+// that is orthogonal to the first one, v = g2 - (<g2, g1> / <g1, g1>) g1, and that part changes slowly. So the steps
+// between two ascents use g + reuse (|g| / |v|) v, for one gradient each. One buffer serves both: pass B keeps g1 in
+// it, and `project` turns it into v. There is no v where its squared norm is 0, which is how it starts.
+
+// <g2, g1> / <g1, g1>: how much of g1 is in g2.
+FSAM_FN double projection(double dot, double kept_sq) {
+  return kept_sq > 0 ? dot / kept_sq : 0.0;
+}
+
+// reuse |g| / |v|, and 0 where there is no v, or where |g| is not finite: such a step is a plain one.
+FSAM_FN double reuse_length(double grad_sq, double reused_sq, double reuse, double eps) {
+  if (!is_finite(grad_sq) || !is_finite(reused_sq) || !(reused_sq > 0)) return 0.0;
+  return reuse * ::sqrt(grad_sq) / (::sqrt(reused_sq) + eps);
+}
+
+// The gradient of a step between two ascents.
+template <class V, class S>
+FSAM_FN V with_reused(V g, V reused, S length) {
+  return g + length * reused;
+}
+
 // ---- The base updates
 // ------------------------------------------------------------------------------------------
 
@@ -194,10 +226,9 @@ FSAM_FN SgdScalars<S> sgd_scalars(double inverse_scale, double lr, double moment
   return {S(inverse_scale), S(lr), S(momentum), S(1.0 - dampening), S(weight_decay), nesterov, maximize};
 }
 
-// torch.optim.SGD. kMomentum: a buffer exists.
+// torch.optim.SGD, of a gradient that is unscaled. kMomentum: a buffer exists.
 template <bool kMomentum, class V, class S>
-FSAM_FN V sgd(V w, V scaled_g, V& momentum_buffer, const SgdScalars<S>& s) {
-  V g = scaled_g * s.inverse_scale;
+FSAM_FN V sgd(V w, V g, V& momentum_buffer, const SgdScalars<S>& s) {
   if (s.maximize) g = -g;
   if (s.weight_decay != 0) g = g + s.weight_decay * w;
   if constexpr (kMomentum) {
@@ -234,10 +265,10 @@ FSAM_FN BiasCorrection<S> bias_correction(double lr, double beta1, double beta2,
   return {S(lr / (1.0 - ::pow(beta1, step))), S(::sqrt(1.0 - ::pow(beta2, step)))};
 }
 
-// torch.optim.Adam, and AdamW where `decoupled`: first the moments and the decay of the weight, which is returned.
+// torch.optim.Adam, and AdamW where `decoupled`, of a gradient that is unscaled: first the moments and the decay of the
+// weight, which is returned.
 template <class V, class S>
-FSAM_FN V adam_moments(V w, V scaled_g, V& exp_avg, V& exp_avg_sq, const AdamScalars<S>& s) {
-  V g = scaled_g * s.inverse_scale;
+FSAM_FN V adam_moments(V w, V g, V& exp_avg, V& exp_avg_sq, const AdamScalars<S>& s) {
   if (s.maximize) g = -g;
   if (s.decoupled) {
     w = w * s.keep;
@@ -274,9 +305,8 @@ FSAM_FN V adam_step(V w, V exp_avg, V exp_avg_sq, S eps, const BiasCorrection<S>
 }
 
 template <class V, class S>
-FSAM_FN V adam(V w, V scaled_g, V& exp_avg, V& exp_avg_sq, const AdamScalars<S>& s,
-               const BiasCorrection<S>& correction) {
-  w = adam_moments(w, scaled_g, exp_avg, exp_avg_sq, s);
+FSAM_FN V adam(V w, V g, V& exp_avg, V& exp_avg_sq, const AdamScalars<S>& s, const BiasCorrection<S>& correction) {
+  w = adam_moments(w, g, exp_avg, exp_avg_sq, s);
   return adam_step(w, exp_avg, exp_avg_sq, s.eps, correction, PlainDivision{});
 }
 

@@ -1,4 +1,4 @@
-"""The seven ops that every backend implements: typed wrappers, their documentation, and their fake kernels.
+"""The nine ops that every backend implements: typed wrappers, their documentation, and their fake kernels.
 
 ``backend`` is what :func:`fsam_ext.backends.resolve` returns. ``params`` and ``grads`` are lists of tensors, one a row:
 of one dtype (float64, float32, bfloat16, float16), on one device, dense in memory, gradients shaped like their
@@ -11,6 +11,9 @@ are multiples of 128 then (float64 parameters: neither). ``backup`` has the dtyp
 of them, or it is float32 and holds their master weights, of which the parameters are the rounded copies. A parameter
 that is not the rounded copy of its master (NaN is that of NaN) was written by others since, and is adopted where it is
 known not to be perturbed: its value becomes the master.
+
+``kept`` and ``reused`` are one flat buffer, in the dtype of the state or in bfloat16 (float64 parameters: only the
+former): csrc/formulas.h, NOTE [reuse of the second gradient].
 
 ``stats`` is a float64 tensor of five elements, ``partials`` scratch in the dtype of the state with five elements for
 each chunk (:func:`count_chunks`). Small tensors live on the device of the parameters.
@@ -39,7 +42,10 @@ STATISTICS = 5
 # The unit of an int8 average's scales, and what pass B counts of a perturbation's effect in each chunk.
 QUANTIZED = 128
 EFFECT = 3
-NAMES = ("noise_norm", "perturb", "update_ema", "restore", "restore_sgd", "count_steps", "restore_adam")
+NAMES = (
+    *("noise_norm", "perturb", "update_ema", "dots", "project"),
+    *("restore", "restore_sgd", "count_steps", "restore_adam"),
+)
 # What the ops are told of the dtype that the forward pass sees weights in.
 FORWARD = {None: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -111,6 +117,7 @@ def perturb(
     forward: int,
     effect: Tensor | None,
     journal: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> None:
     """Pass B: backup = w; m = lmbda m + (1 - lmbda) g where ``feeds``; w = w + rho d / (sqrt(stats[0]) + eps).
 
@@ -122,6 +129,8 @@ def perturb(
     ``effect`` (in the dtype of the state, 3 elements for each chunk) gets sum e^2, sum e i and sum i^2 of the intended
     perturbation i and of the one that rounding leaves of it: e = R(w after) - R(w before), with R the rounding to the
     dtype of the parameters and then to ``forward`` (a value of ``FORWARD``). Zeros where nothing was perturbed.
+
+    ``kept`` gets g, unscaled, where ``stats[0]`` is finite.
     """
     backend.perturb(
         params,
@@ -143,6 +152,7 @@ def perturb(
         forward,
         effect,
         journal,
+        kept,
     )
 
 
@@ -158,13 +168,58 @@ def update_ema(
     found_inf: Tensor | None,
     lmbda: float,
     journal: Tensor | None = None,
+    partials: Tensor | None = None,
+    grad_sq: Tensor | None = None,
 ) -> None:
     """The average without an ascent: m = lmbda m + (1 - lmbda) g, and m = g where m is NaN.
 
     Elements whose gradient is not finite keep their value; all do where ``stats[0]`` is not finite or ``found_inf`` is
-    not zero.
+    not zero. ``grad_sq`` (float64, one element) gets sum |g|^2 over all rows in the same pass, whatever they hold;
+    ``partials`` has room for a value of each chunk then.
     """
-    backend.update_ema(params, grads, offsets, ema, ema_scale, stats, grad_scale, found_inf, lmbda, journal)
+    backend.update_ema(
+        params, grads, offsets, ema, ema_scale, stats, grad_scale, found_inf, lmbda, journal, partials, grad_sq
+    )
+
+
+def dots(
+    backend: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    offsets: Tensor,
+    kept: Tensor,
+    grad_scale: Tensor | None,
+    partials: Tensor,
+    sums: Tensor,
+) -> None:
+    """Writes ``sums`` (float64) = [sum g k, sum k^2] over all rows, with k what ``kept`` holds and g unscaled.
+
+    ``partials`` has room for two values of each chunk.
+    """
+    backend.dots(params, grads, offsets, kept, grad_scale, partials, sums)
+
+
+def project(
+    backend: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    offsets: Tensor,
+    kept: Tensor,
+    sums: Tensor,
+    stats: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    partials: Tensor,
+    kept_sq: Tensor,
+    journal: Tensor | None = None,
+) -> None:
+    """k = g - (sums[0] / sums[1]) k, the quotient 0 where ``sums[1]`` is, and ``kept_sq`` = sum k^2 of what is stored.
+
+    ``sums`` are those of :func:`dots`, over all segments and ranks. Where ``stats[0]`` is not finite k stays as it is
+    and ``kept_sq`` (float64, one element) is NaN. Else, where ``found_inf`` is not zero or a sum is not finite, there
+    is no k: it may hold anything, and ``kept_sq`` is 0. ``partials`` has room for a value of each chunk.
+    """
+    backend.project(params, grads, offsets, kept, sums, stats, grad_scale, found_inf, partials, kept_sq, journal)
 
 
 def restore(backend: Any, params: Sequence[Tensor], offsets: Tensor, backup: Tensor) -> None:
@@ -192,6 +247,10 @@ def restore_sgd(
     rounding: Tensor | None,
     adopts: bool = False,
     journal: Tensor | None = None,
+    reused: Tensor | None = None,
+    reuse_sq: Tensor | None = None,
+    reuse: float = 0.0,
+    reuse_eps: float = 0.0,
 ) -> None:
     """Pass C with ``torch.optim.SGD``: w = sgd(backup, g), or sgd(w, g) where there is no backup.
 
@@ -200,6 +259,9 @@ def restore_sgd(
     update starts from them, and both they and w are written. ``adopts``: w is not perturbed, and masters adopt it
     first; where only the restore is left, w stays as it is. ``rounding`` (int64, [seed, number of the step]) has 16-bit
     parameters without masters rounded stochastically: csrc/storage.h, NOTE [stochastic rounding].
+
+    With ``reused``, v, the update is of g + reuse (|g| / (|v| + reuse_eps)) v, with |g|^2 and |v|^2 in ``reuse_sq``
+    (float64, two elements); of g alone where one of them is not finite or |v| is zero.
     """
     backend.restore_sgd(
         params,
@@ -220,6 +282,10 @@ def restore_sgd(
         rounding,
         adopts,
         journal,
+        reused,
+        reuse_sq,
+        reuse,
+        reuse_eps,
     )
 
 
@@ -271,6 +337,10 @@ def restore_adam(
     rounding: Tensor | None,
     adopts: bool = False,
     journal: Tensor | None = None,
+    reused: Tensor | None = None,
+    reuse_sq: Tensor | None = None,
+    reuse: float = 0.0,
+    reuse_eps: float = 0.0,
 ) -> None:
     """Pass C with ``torch.optim.Adam``, or ``AdamW`` where ``decoupled``; otherwise like :func:`restore_sgd`.
 
@@ -298,6 +368,10 @@ def restore_adam(
         rounding,
         adopts,
         journal,
+        reused,
+        reuse_sq,
+        reuse,
+        reuse_eps,
     )
 
 

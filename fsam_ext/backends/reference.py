@@ -132,6 +132,7 @@ def perturb(
     forward,
     effect,
     journal=None,
+    kept=None,
 ) -> None:
     """backup = w, w = w + rho d / (norm + eps), m = the updated average; masters in the place of w."""
     scale = _number(grad_scale, 1.0)
@@ -139,8 +140,8 @@ def perturb(
     norm = stats[0].sqrt()
     length = torch.where(norm > 0, _number(rho_tensor, rho) / (norm + eps), 0.0)
     effects, writes = [], Writes()
-    averages = _averages(params, offsets, ema, ema_scale)
-    for w, grad, average, saved in zip(params, grads, averages, _slices(params, offsets, backup), strict=True):
+    states = (_averages(params, offsets, ema, ema_scale), *(_slices(params, offsets, flat) for flat in (backup, kept)))
+    for w, grad, average, saved, first in zip(params, grads, *states, strict=True):
         masters = saved.dtype != w.dtype
         source = _adopted(saved, w) if masters else w
         start, before = compute(source), source.to(w.dtype)
@@ -154,6 +155,8 @@ def perturb(
         writes.add(w, torch.where(finite, after, w))
         if m is not None and feeds:
             average.write(_updated(m, g, lmbda), finite, writes)
+        if first is not None:
+            writes.add(first, torch.where(finite, g.to(first.dtype), first))
         if effect is not None:
             effects.append(_effect(_seen(after, forward) - _seen(before, forward), intended, w))
     if effects:
@@ -172,14 +175,72 @@ def _applies(stats: Tensor | None, found_inf: Tensor | None, device: torch.devic
 
 
 @torch.no_grad()
-def update_ema(params, grads, offsets, ema, ema_scale, stats, grad_scale, found_inf, lmbda, journal=None) -> None:
-    """m = lmbda m + (1 - lmbda) g where g is finite."""
+def update_ema(
+    params,
+    grads,
+    offsets,
+    ema,
+    ema_scale,
+    stats,
+    grad_scale,
+    found_inf,
+    lmbda,
+    journal=None,
+    partials=None,
+    grad_sq=None,
+) -> None:
+    """m = lmbda m + (1 - lmbda) g where g is finite; sum g^2."""
     scale, writes = _number(grad_scale, 1.0), Writes()
     for grad, average in zip(grads, _averages(params, offsets, ema, ema_scale), strict=True):
         g, m = _unscaled(grad, scale), average.read()
         fed = torch.where(g.isfinite(), _updated(m, g, lmbda), m)
         average.write(fed, _applies(stats, found_inf, g.device), writes)
+    if grad_sq is not None:
+        writes.add(grad_sq.view(-1)[0], _sum_sq([_unscaled(grad, scale) for grad in grads], grad_sq))
     writes.commit(journal)
+
+
+# ---- Reuse of the second gradient ------------------------------------------------------------------------------------
+
+
+def _sum_sq(values: Sequence[Tensor], like: Tensor) -> Tensor:
+    return sum(((value * value).sum(dtype=torch.float64) for value in values), like.new_zeros(()))
+
+
+@torch.no_grad()
+def dots(params, grads, offsets, kept, grad_scale, partials, sums) -> None:
+    """sums = [<g, k>, <k, k>]."""
+    scale = _number(grad_scale, 1.0)
+    total = torch.zeros_like(sums)
+    for grad, k in zip(grads, map(compute, _slices(params, offsets, kept)), strict=True):
+        total += torch.stack([(other * k).sum(dtype=torch.float64) for other in (_unscaled(grad, scale), k)])
+    sums.copy_(total)
+
+
+@torch.no_grad()
+def project(params, grads, offsets, kept, sums, stats, grad_scale, found_inf, partials, kept_sq, journal=None) -> None:
+    """k = g - (<g, k> / <k, k>) k; <k, k>."""
+    scale, writes = _number(grad_scale, 1.0), Writes()
+    ascended = _applies(stats, None, sums.device)
+    exists = _applies(None, found_inf, sums.device) & sums.isfinite().all()
+    part = torch.where(sums[1] > 0, sums[0] / sums[1], 0.0)
+    stored = []
+    for grad, k in zip(grads, _slices(params, offsets, kept), strict=True):
+        g = _unscaled(grad, scale)
+        stored.append((g - part.to(g.dtype) * compute(k)).to(k.dtype))
+        writes.add(k, torch.where(ascended & exists, stored[-1], k))
+    total = torch.where(exists, _sum_sq(list(map(compute, stored)), sums), 0.0)
+    writes.add(kept_sq.view(-1)[0], torch.where(ascended, total, torch.nan))
+    writes.commit(journal)
+
+
+def _with_reused(g: Tensor, reused: Tensor | None, reuse_sq: Tensor | None, reuse: float, eps: float) -> Tensor:
+    """g + reuse (|g| / (|v| + eps)) v."""
+    if reused is None:
+        return g
+    length = reuse * reuse_sq[0].sqrt() / (reuse_sq[1].sqrt() + eps)
+    length = torch.where(reuse_sq[:2].isfinite().all() & (reuse_sq[1] > 0), length, 0.0)
+    return g + length.to(g.dtype) * compute(reused)
 
 
 # ---- The restore and the base updates --------------------------------------------------------------------------------
@@ -246,15 +307,19 @@ def restore_sgd(
     rounding,
     adopts=False,
     journal=None,
+    reused=None,
+    reuse_sq=None,
+    reuse=0.0,
+    reuse_eps=0.0,
 ) -> None:
     """w = SGD(backup, g), torch.optim.SGD."""
     scale, rate, writes = _number(grad_scale, 1.0), _number(lr_tensor, lr), Writes()
-    states = (offsets.tolist(), _slices(params, offsets, backup), _slices(params, offsets, momentum_buffer))
-    for w, grad, offset, saved, buffer in zip(params, grads, *states, strict=True):
+    states = [offsets.tolist(), *(_slices(params, offsets, flat) for flat in (backup, momentum_buffer, reused))]
+    for w, grad, offset, saved, buffer, v in zip(params, grads, *states, strict=True):
         applies = _applies(stats, found_inf, w.device)
         source = _source(w, saved, adopts)
         value = compute(source)
-        g = _unscaled(grad, scale)
+        g = _with_reused(_unscaled(grad, scale), v, reuse_sq, reuse, reuse_eps)
         g = -g if maximize else g
         g = g + weight_decay * value
         if buffer is not None:
@@ -299,17 +364,21 @@ def restore_adam(
     rounding,
     adopts=False,
     journal=None,
+    reused=None,
+    reuse_sq=None,
+    reuse=0.0,
+    reuse_eps=0.0,
 ) -> None:
     """w = Adam(backup, g), torch.optim.Adam and AdamW."""
     scale, rate, writes = _number(grad_scale, 1.0), _number(lr_tensor, lr), Writes()
-    states = [offsets.tolist(), *(_slices(params, offsets, flat) for flat in (backup, exp_avg, exp_avg_sq))]
-    for w, grad, offset, saved, first, second, (step_size, root) in zip(
+    states = [offsets.tolist(), *(_slices(params, offsets, flat) for flat in (backup, exp_avg, exp_avg_sq, reused))]
+    for w, grad, offset, saved, first, second, v, (step_size, root) in zip(
         params, grads, *states, corrections, strict=True
     ):
         applies = _applies(stats, found_inf, w.device)
         source = _source(w, saved, adopts)
         value = compute(source)
-        g = _unscaled(grad, scale)
+        g = _with_reused(_unscaled(grad, scale), v, reuse_sq, reuse, reuse_eps)
         g = -g if maximize else g
         if decoupled:
             value = value * (1 - rate * weight_decay)
