@@ -36,7 +36,7 @@ def update_ema(
     ema, ema_scale, stats, grad_scale, found_inf, lmbda: tl.float64, partials,
     T: tl.constexpr, S: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The average without an ascent: m = lmbda m + (1 - lmbda) g where g is finite; a chunk's sum of g^2, into its slot."""
+    """The average without an ascent: m = lmbda m + (1 - lmbda) g where g is finite. Each chunk's sum of g^2."""
     row, w, g, at, count = chunk_of_program(weights, grads, numel, offset, table, rows_of_chunks, T)
     m = address_in(ema, at, g)
     scales = scale_address(ema_scale, at, g)
