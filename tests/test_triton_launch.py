@@ -36,12 +36,15 @@ NEEDS_CPU_LIBRARY = pytest.mark.skipif(_library.CPU_REASON is not None, reason=s
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
 MAIN = [(name, dtype) for name in ("noise_norm", "perturb") for dtype in ("float32", "bfloat16")]
+OF_HALVES = [(name, "bfloat16") for name in ("dots", "project", "restore_adam")]
 REST = [
-    *((name, "float64") for name in ("noise_norm", "perturb")),
+    *((name, "float64") for name in ("noise_norm", "perturb", "dots", "project")),
+    *(("dots", "float32"), ("project", "float32")),
     *(("restore", "float16"), ("restore_sgd", "bfloat16"), ("restore_adam", "float32"), ("sum_partials", "float32")),
     *(("count_steps", dtype) for dtype in ("float64", "float32")),
 ]
-# What averages in other dtypes, masters, stochastic rounding and the effect of a perturbation make of a kernel.
+# What averages in other dtypes, masters, stochastic rounding, the effect of a perturbation and what is kept, summed and
+# reused of gradients make of a kernel.
 VARIANTS = [
     ("noise_norm", "float32", "none"),
     ("perturb", "bfloat16", "none"),
@@ -59,10 +62,20 @@ VARIANTS = [
     ("restore_adam", "bfloat16", "adopts"),
     ("restore_sgd", "float16", "rounding"),
     ("restore_adam", "bfloat16", "rounding"),
+    ("perturb", "float32", "kept"),
+    ("perturb", "bfloat16", "kept bfloat16"),
+    ("update_ema", "bfloat16", "norm"),
+    ("update_ema", "float32", "norm"),
+    ("dots", "bfloat16", "bfloat16"),
+    ("project", "float32", "bfloat16"),
+    ("restore_sgd", "float16", "reused"),
+    ("restore_sgd", "float32", "reused bfloat16"),
+    ("restore_adam", "bfloat16", "reused"),
+    ("restore_adam", "bfloat16", "reused bfloat16"),
 ]
 # (kernel, dtype, variant, target, table)
 COMPILED = [
-    *((*kernel, "", target, True) for target in TARGETS for kernel in [*MAIN, ("restore_adam", "bfloat16")]),
+    *((*kernel, "", target, True) for target in TARGETS for kernel in [*MAIN, *OF_HALVES]),
     *((*kernel, "", target, True) for target in ("sm_90", "gfx942") for kernel in REST),
     *((*kernel, target, True) for target in ("sm_90", "gfx942") for kernel in VARIANTS),
     *((*kernel, "", target, False) for target in ("sm_90", "gfx942") for kernel in MAIN[-1:]),
@@ -89,13 +102,14 @@ def test_compiled_code(compiled, case):
     assert facts["fused"] == (4 if name == "count_steps" and target.startswith("sm") else 0)
     assert facts["approximate"] == 0
     # Tiles pass through it to another layout, 8 bytes an element at most; a sum leaves one number for each warp.
-    assert facts["shared"] <= (128 if name in ("noise_norm", *triton_compiled.SMALL) else 4096)
+    assert facts["shared"] <= (128 if name in (*triton_compiled.ONE_TILE, *triton_compiled.SMALL) else 4096)
     for fact, tensors in (("vector_loads", triton_compiled.reads), ("vector_stores", triton_compiled.writes)):
         needed = triton_compiled.vector_accesses(name, dtype, tensors(name, variant), variant)
         # A compiler may unroll the loop over tiles; every tile then has its own.
         assert facts[fact] >= needed and facts[fact] % max(needed, 1) == 0, fact
-    if name == "noise_norm":
-        assert facts["register_layouts"] == 1, "aligned and misaligned tensors would be summed in different orders"
+    if name in triton_compiled.ONE_TILE:
+        assert facts["register_layouts"] == 1
+    assert facts["summed_layouts"] <= 1, "aligned and misaligned tensors would be summed in different orders"
 
 
 # ---- Launched on GPUs that are not there: triton_gpu.py --------------------------------------------------------------
