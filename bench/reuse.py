@@ -43,6 +43,7 @@ class Fused:
     """This package; every second step ascends."""
 
     name = "fsam_ext"
+    spares = dict.fromkeys(KINDS, 0)  # bytes a parameter of those in BYTES
 
     def __init__(self, params: list[nn.Parameter], base: Base, **options: Any) -> None:
         self.optimizer = FriendlySAM(
@@ -68,6 +69,7 @@ class FusedBfloat16(Fused):
     """The same with two bytes for what is kept."""
 
     name = "fsam_ext, reuse_dtype=bfloat16"
+    spares = {"ascending": 8, "between": 2}
 
     def __init__(self, params: list[nn.Parameter], base: Base) -> None:
         super().__init__(params, base, reuse_dtype=torch.bfloat16)
@@ -184,7 +186,8 @@ def rows(work: str, base: str, device: torch.device, seconds: float) -> list[str
         for kind in KINDS:
             ratio = quantiles(paired_ratios(rounds, Fused.name, name, kind)).median
             cells += [f"{quantiles(values(rounds, name, kind)).median * 1e3:.1f} ms", f"{ratio:.2f}"]
-            moved = numel * BYTES[base][kind]
+            spared = runner.way.spares[kind] if isinstance(runner.way, Fused) else 0
+            moved = numel * (BYTES[base][kind] - spared)
             shares = [
                 moved / record[name][kind] / record["triad"]["bytes_per_second"] for record in rounds
             ]  # of the same bytes, whoever moves more
