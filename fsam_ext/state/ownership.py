@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,38 +62,50 @@ class Watch:
         self._params = list(state)
         entries = [entry for entry in state.values() if isinstance(entry, dict)]
         self._keys = [name for entry in entries for name in entry]
-        values = [entry.get(name) for entry in entries for name in (entry if names is None else names)]
+        values = list(self._values(state))
         things = [*values, *(part() for part in parts)]
         self._references = [weakref.ref(thing, self._lost.append) for thing in things if isinstance(thing, Tensor)]
-        in_c = names is None and _SAME_STATE is not None
-        self._known = array("Q", self._marks(state, _is_somewhere if in_c else _place))
-        self._address, self._count = self._known.buffer_info()
-        if in_c:
-            _SAME_STATE(state, self._address, self._count, _HANDLE, 1)
+        self._in_c = names is None and _SAME_STATE is not None
+        self._known = array("Q", self._objects(state))
+        somewhere = [id(value) for value in values if _is_somewhere(value)] if self._in_c else []
+        self._tensors = array("Q", (value + _HANDLE for value in somewhere))
+        self._places = array("Q", somewhere or map(_place, self._values(state)))
+        self._arguments = (*_buffer(self._known), *_buffer(self._tensors), _buffer(self._places)[0])
+        if self._in_c:
+            _NOTE_PLACES(*self._arguments[2:])
 
-    def holds(self, state: Any) -> bool:
-        """Whether ``state`` is what it was."""
+    def holds(self, state: Any, in_place: bool = True) -> bool:
+        """Whether ``state`` holds what it did; where ``in_place``, each tensor where and as it lay, too."""
         if self._lost:
             return False
-        if self._names is None and _SAME_STATE is not None:
-            return bool(_SAME_STATE(state, self._address, self._count, _HANDLE, 0))
-        return self._known == array("Q", self._marks(state, _place))
+        if self._in_c:
+            return bool(_SAME_STATE(state, *self._arguments, in_place))
+        if self._known != array("Q", self._objects(state)):
+            return False
+        return not in_place or self._places == array("Q", map(_place, self._values(state)))
 
-    def _marks(self, state: Any, place: Callable[[Any], int]) -> Iterator[int]:
-        """The addresses of each key and of names and values of its entry, with their places: csrc/same_state.cpp."""
+    def _objects(self, state: Any) -> Iterator[int]:
+        """The addresses of each key and of names and values of its entry: csrc/same_state.cpp."""
         for key, entry in state.items():
             yield id(key)
             if not isinstance(entry, dict):
                 continue
             if self._names is not None:
-                for value in map(entry.get, self._names):
-                    yield id(value)
-                    yield place(value)
+                yield from map(id, map(entry.get, self._names))
                 continue
             for name, value in entry.items():
                 yield id(name)
                 yield id(value)
-                yield place(value)
+
+    def _values(self, state: Any) -> Iterator[Any]:
+        """What counts in ``state``."""
+        for entry in state.values():
+            if isinstance(entry, dict):
+                yield from map(entry.get, entry if self._names is None else self._names)
+
+
+def _buffer(numbers: array[int]) -> tuple[int, int]:
+    return numbers.buffer_info()
 
 
 def _is_somewhere(value: Any) -> int:
@@ -119,16 +131,20 @@ def _handle_offset() -> int | None:
 _OFFSETS = (object.__basicsize__, object.__basicsize__ + 8)
 
 
-def _same_state() -> Any:
-    """The same comparison in C, where it was built: a tenth of the time."""
+def _in_c() -> tuple[Any, Any]:
+    """The same comparison in C, where it was built: a tenth of the time; and what notes the places for it."""
     if _library.CPU_REASON is not None or _HANDLE is None:
-        return None
-    function = getattr(ctypes.PyDLL(str(_library.LIBRARY_DIR / "_C.abi3.so")), "fsam_same_state", None)
-    if function is not None:
-        function.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
-        function.restype = ctypes.c_int
-    return function
+        return None, None
+    library = ctypes.PyDLL(str(_library.LIBRARY_DIR / "_C.abi3.so"))
+    same, note = getattr(library, "fsam_same_state", None), getattr(library, "fsam_note_places", None)
+    if same is None or note is None:
+        return None, None
+    numbers = (ctypes.c_void_p, ctypes.c_int64)
+    same.argtypes = (ctypes.py_object, *numbers, *numbers, ctypes.c_void_p, ctypes.c_int)
+    same.restype = ctypes.c_int
+    note.argtypes, note.restype = (*numbers, ctypes.c_void_p), None
+    return same, note
 
 
 _HANDLE = _handle_offset()
-_SAME_STATE = _same_state()
+_SAME_STATE, _NOTE_PLACES = _in_c()
