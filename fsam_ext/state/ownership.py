@@ -56,6 +56,13 @@ class Watch:
     # once an object has died and another one got its address, so what dies here says so. And a tensor may be given
     # other memory, or be transposed over its own, and stay the same object: so each has to lie where and as it did.
 
+    # NOTE [one look at places a step]
+    # What torch knows of a tensor is spread over memory, and to read where each one lies takes several times as long as
+    # to compare objects. So only the first pass of a step asks for places. Between the two passes a tensor that stays
+    # the same object may be transposed over its memory, or be given other memory while somebody keeps the old one: the
+    # second pass writes to where it lay, which is there still, and the next step takes what it finds. Old memory that
+    # nobody keeps is gone, and says so.
+
     def __init__(self, state: Any, names: tuple[str, ...] | None, parts: Iterable[TensorWeakRef]) -> None:
         self._names = names
         self._lost: list[Any] = []
@@ -65,14 +72,16 @@ class Watch:
         values = list(self._values(state))
         things = [*values, *(part() for part in parts)]
         self._references = [weakref.ref(thing, self._lost.append) for thing in things if isinstance(thing, Tensor)]
+        self._objects = array("Q", self._find_objects(state))
         self._in_c = names is None and _SAME_STATE is not None
-        self._known = array("Q", self._objects(state))
-        somewhere = [id(value) for value in values if _is_somewhere(value)] if self._in_c else []
-        self._tensors = array("Q", (value + _HANDLE for value in somewhere))
-        self._places = array("Q", somewhere or map(_place, self._values(state)))
-        self._arguments = (*_buffer(self._known), *_buffer(self._tensors), _buffer(self._places)[0])
         if self._in_c:
-            _NOTE_PLACES(*self._arguments[2:])
+            self._tensors = array("Q", (id(value) + _HANDLE for value in values if _is_somewhere(value)))
+            self._places = array("Q", self._tensors)
+            where = (*self._tensors.buffer_info(), self._places.buffer_info()[0])
+            _NOTE_PLACES(*where)
+            self._arguments = (*self._objects.buffer_info(), *where)
+        else:
+            self._places = array("Q", map(_place, values))
 
     def holds(self, state: Any, in_place: bool = True) -> bool:
         """Whether ``state`` holds what it did; where ``in_place``, each tensor where and as it lay, too."""
@@ -80,11 +89,11 @@ class Watch:
             return False
         if self._in_c:
             return bool(_SAME_STATE(state, *self._arguments, in_place))
-        if self._known != array("Q", self._objects(state)):
+        if self._objects != array("Q", self._find_objects(state)):
             return False
         return not in_place or self._places == array("Q", map(_place, self._values(state)))
 
-    def _objects(self, state: Any) -> Iterator[int]:
+    def _find_objects(self, state: Any) -> Iterator[int]:
         """The addresses of each key and of names and values of its entry: csrc/same_state.cpp."""
         for key, entry in state.items():
             yield id(key)
@@ -104,13 +113,9 @@ class Watch:
                 yield from map(entry.get, entry if self._names is None else self._names)
 
 
-def _buffer(numbers: array[int]) -> tuple[int, int]:
-    return numbers.buffer_info()
-
-
-def _is_somewhere(value: Any) -> int:
-    """1 for a tensor that has an address, else 0."""
-    return int(type(value) in PLAIN and value.layout is torch.strided and not value.is_meta)
+def _is_somewhere(value: Any) -> bool:
+    """Whether it is a tensor that has an address."""
+    return type(value) in PLAIN and value.layout is torch.strided and not value.is_meta
 
 
 def _place(value: Any) -> int:
