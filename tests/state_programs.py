@@ -141,9 +141,9 @@ def values_like(value: Tensor, name: str, rng: random.Random) -> Tensor:
 
 
 def reordered(value: Tensor) -> Tensor:
-    """The same values with the first dimension the innermost in memory."""
+    """The same values in memory of their own, with the first dimension the innermost."""
     order = tuple(range(value.dim()))[::-1]
-    return value.permute(order).contiguous().permute(order)
+    return value.permute(order).clone(memory_format=torch.contiguous_format).permute(order)
 
 
 def replaced_by_equal(side, i, name, rng):
