@@ -154,7 +154,7 @@ def test_other_memory_between_the_passes(base, name, how):
         for number in range(6):
             later = []
 
-            def between():
+            def between(later=later):
                 value = optimizer.state[param][name]
                 new = value * 0.5
                 if how == "let go":
