@@ -75,9 +75,12 @@ class Layout:
 
     # ---- What is still so ------------------------------------------------------------------------------------------
 
-    def current(self, groups: list[dict[str, Any]], state: Any) -> list[Participant] | None:
-        """Every parameter that has a gradient now, or None where the segments are not theirs: :meth:`renew`."""
-        if self._known.swaps != swaps() or not self._state_is_known(state):
+    def current(self, groups: list[dict[str, Any]], state: Any, in_place: bool) -> list[Participant] | None:
+        """Every parameter that has a gradient now, or None where the segments are not theirs: :meth:`renew`.
+
+        ``in_place``: NOTE [one look at places a step].
+        """
+        if self._known.swaps != swaps() or not self._state_is_known(state, in_place):
             self._known = Known(self._known.flats)
         result = []
         for number, group in enumerate(groups):
@@ -121,9 +124,9 @@ class Layout:
             kinds.setdefault(self.kind_of(group, param), []).append(param)
         return kinds
 
-    def _state_is_known(self, state: Any) -> bool:
+    def _state_is_known(self, state: Any, in_place: bool) -> bool:
         """Whether ``state`` holds the tensors that were put there."""
-        return not state if self._known.state is None else self._known.state.holds(state)
+        return not state if self._known.state is None else self._known.state.holds(state, in_place)
 
     def forget(self) -> None:
         """``state`` is another one: nothing of what was known of it is so."""

@@ -286,7 +286,8 @@ class Passes:
     # ---- What both share -------------------------------------------------------------------------------------------
 
     def _participants(self, groups: list[dict[str, Any]], state: Any) -> list[Participant]:
-        while (found := self.layout.current(groups, state)) is None:
+        in_place = self.transaction.stage is Stage.CLEAN  # ownership.py, NOTE [one look at places a step]
+        while (found := self.layout.current(groups, state, in_place)) is None:
             self.layout.check(groups, state)
             self.restore_weights(groups)  # while it is known how what was perturbed lay
             self.layout.renew(groups, state)
