@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,9 @@ from .segments import Segment, same_objects
 # Frameworks edit ``group["params"]`` and set gradients to None as they like, so every pass compares the lists, object
 # by object, with those that the segments were made from. Parameters may be cast, moved or reshaped through ``p.data``;
 # tensors in ``state`` may be replaced, and then count, or removed, and then start anew.
+
+
+_LAYOUT_OF = itemgetter(*keys.LAYOUT)
 
 
 class Participant(NamedTuple):
@@ -109,7 +113,7 @@ class Layout:
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The options that decide which state a group has and how it is kept."""
         base = self._fused.state_names(group) if self._fused else ()
-        return keys.uses_ema(group), keys.uses_reuse(group), base, *(group[name] for name in keys.LAYOUT)
+        return keys.uses_ema(group), keys.uses_reuse(group), base, _LAYOUT_OF(group)
 
     def kind_of(self, group: dict[str, Any], param: Tensor) -> Kind:
         """What a parameter has in common with those whose flat buffers it shares."""
