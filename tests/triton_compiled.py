@@ -95,6 +95,12 @@ def tensor_dtypes(name: str, dtype: str, variant: str) -> dict[str, torch.dtype]
     return {"w": stored, "g": stored, "b": backup, "m": average, "v": state, "k": kept}
 
 
+def bytes_moved(op: str, dtype: str, variant: str) -> int:
+    """What a pass reads and writes for each parameter."""
+    dtypes = tensor_dtypes(op, dtype, variant)
+    return sum(dtypes[tensor].itemsize for tensor in reads(op, variant) + writes(op, variant))
+
+
 def arguments(op: str, dtype: str, variant: str, table: bool) -> tuple:
     """A call with an average, momentum and weight decay, of two rows or one; the first is one whole chunk."""
     types = tensor_dtypes(op, dtype, variant)
