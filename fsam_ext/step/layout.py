@@ -75,9 +75,12 @@ class Layout:
 
     # ---- What is still so ------------------------------------------------------------------------------------------
 
-    def current(self, groups: list[dict[str, Any]], state: Any) -> list[Participant] | None:
-        """Every parameter that has a gradient now, or None where the segments are not theirs: :meth:`renew`."""
-        if self._known.swaps != swaps() or not self._state_is_known(state):
+    def current(self, groups: list[dict[str, Any]], state: Any, in_place: bool) -> list[Participant] | None:
+        """Every parameter that has a gradient now, or None where the segments are not theirs: :meth:`renew`.
+
+        ``in_place``: NOTE [one look at places a step].
+        """
+        if self._known.swaps != swaps() or not self._state_is_known(state, in_place):
             self._known = Known(self._known.flats)
         result = []
         for number, group in enumerate(groups):
@@ -106,13 +109,14 @@ class Layout:
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The options that decide which state a group has and how it is kept."""
         base = self._fused.state_names(group) if self._fused else ()
-        return keys.uses_ema(group), base, *(group[name] for name in keys.LAYOUT)
+        return keys.uses_ema(group), keys.uses_reuse(group), base, *(group[name] for name in keys.LAYOUT)
 
     def kind_of(self, group: dict[str, Any], param: Tensor) -> Kind:
         """What a parameter has in common with those whose flat buffers it shares."""
         dtype, sharding = param.dtype, None if type(param) is Parameter else shards.sharding(param)
         masters, in_order = keys.has_masters(group, dtype), keys.draws(group, dtype)
-        return Kind(dtype, param.device, keys.ema_dtype(group, dtype), masters, sharding, in_order)
+        ema, reuse = keys.ema_dtype(group, dtype), keys.reuse_dtype(group, dtype)
+        return Kind(dtype, param.device, ema, masters, bool(group["perturb"]), reuse, sharding, in_order)
 
     def _by_kind(self, group: dict[str, Any], params: Sequence[Tensor]) -> dict[Kind, list[Tensor]]:
         kinds: dict[Kind, list[Tensor]] = {}
@@ -120,9 +124,9 @@ class Layout:
             kinds.setdefault(self.kind_of(group, param), []).append(param)
         return kinds
 
-    def _state_is_known(self, state: Any) -> bool:
+    def _state_is_known(self, state: Any, in_place: bool) -> bool:
         """Whether ``state`` holds the tensors that were put there."""
-        return not state if self._known.state is None else self._known.state.holds(state)
+        return not state if self._known.state is None else self._known.state.holds(state, in_place)
 
     def forget(self) -> None:
         """``state`` is another one: nothing of what was known of it is so."""
@@ -213,12 +217,14 @@ class Layout:
 
     def _buffers(self, group: dict[str, Any], kind: Kind) -> tuple[str, ...]:
         """The flat buffers that a group's parameters of a kind need."""
-        return (*self._state_names(group, kind), *(() if kind.masters else ("backup",)))
+        has_backup = kind.perturbed and not kind.masters
+        return (*self._state_names(group, kind), *(("backup",) if has_backup else ()))
 
     def _state_names(self, group: dict[str, Any], kind: Kind) -> tuple[str, ...]:
         quantized = kind.ema_dtype == torch.int8
         ema = () if not keys.uses_ema(group) else (keys.EMA, keys.EMA_SCALE) if quantized else (keys.EMA,)
-        return ema + ((keys.MASTER,) if kind.masters else ()) + (self._fused.state_names(group) if self._fused else ())
+        own = ema + ((keys.MASTER,) if kind.masters else ()) + ((keys.REUSE,) if kind.reuse_dtype else ())
+        return own + (self._fused.state_names(group) if self._fused else ())
 
     def _entangled(self, members: list[dict[Kind, list[Tensor]]], state: Any) -> set[Kind]:
         """The kinds whose state moves to new buffers.
@@ -269,9 +275,11 @@ class Layout:
         return segment
 
     def meshes(self, groups: list[dict[str, Any]]) -> dict[Any, torch.device]:
-        """All meshes that parameters lie on, gradients or not: distributed.py, NOTE [who takes part in the norm]."""
+        """All meshes that parameters of ascents lie on: distributed.py, NOTE [who takes part in the norm]."""
         found: dict[Any, torch.device] = {}
         for number, group in enumerate(groups):
+            if not group["perturb"]:
+                continue
             segments = self.segments_of(number)
             params = group["params"]
             if len(segments) == 1 and len(segments[0].params) == len(params):  # then it has them all
