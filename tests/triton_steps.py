@@ -1,7 +1,8 @@
 """Whole optimizer steps through Triton's launcher, on a GPU that is not there: what they launch, and what they cost.
 
-`python -m tests.triton_steps` prints what each step launches, as JSON: base, rows, whether gradients are reused, whether
-the step ascends, kernels and grids. Every launch is compared with what arrived at libcuda (triton_gpu.py). With `--time` it prints the host's time for a step whose kernels do nothing.
+`python -m tests.triton_steps` prints what each step launches, as JSON: the base, the rows, if gradients are reused, if
+the step ascends, kernels and grids. Every launch is compared with what arrived at libcuda (triton_gpu.py). With
+`--time` it prints the host's time for a step whose kernels do nothing.
 """
 
 from __future__ import annotations
