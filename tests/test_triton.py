@@ -325,9 +325,8 @@ def assert_same_bits_as_the_cpu_backend(case: Case, name: str) -> None:
     for i, (a, b) in enumerate(zip(ours, theirs)):
         if isinstance(a, torch.Tensor | list):
             tolerance = 1e-5 if i in SUMS.get(name, ()) else 0
-            torch.testing.assert_close(
-                a, b, rtol=tolerance, atol=0, equal_nan=True, check_device=False, msg=f"argument {i}"
-            )
+            how = {"rtol": tolerance, "atol": 0, "equal_nan": True, "check_device": False}
+            torch.testing.assert_close(a, b, **how, msg=f"argument {i}")
 
 
 @NEEDS_CPU_LIBRARY

@@ -28,8 +28,8 @@ NAMES = (*ops.NAMES, "sum_partials")
 ASCENT = ("noise_norm", "perturb", "update_ema")  # whose m is the average
 
 # What a kernel may be compiled for beside the plain case: no average or one in another dtype, masters (which an update
-# may have adopt what others wrote), stochastic rounding, the sums that tell the effect of a perturbation, what is kept of
-# gradients or reused, in the dtype of the state or in bfloat16, and the gradient's squared norm.
+# may have adopt what others wrote), stochastic rounding, the sums that tell the effect of a perturbation, what is kept
+# of gradients or reused, in the dtype of the state or in bfloat16, and the gradient's squared norm.
 VARIANTS = {
     "noise_norm": ("none", "bfloat16", "int8"),
     "perturb": ("none", "bfloat16", "int8", "masters", "effect", "kept", "kept bfloat16"),
@@ -45,8 +45,8 @@ OF_HALVES = (*OF_MASTERS, "rounding")  # only 16-bit parameters have these
 ONE_TILE = ("noise_norm", "dots")  # take a chunk at once
 SMALL = ("count_steps", "sum_partials")  # touch small tensors only, in the dtype of the state
 
-# Tensors that a pass reads and writes at full length: w, g, the backup b; state m (the average or a momentum) and v; k is
-# what is kept or reused.
+# Tensors that a pass reads and writes at full length: w, g, the backup b; state m (the average or a momentum) and v;
+# k is what is kept or reused.
 READS = {
     "noise_norm": "gm",
     "perturb": "wgm",
@@ -93,6 +93,12 @@ def tensor_dtypes(name: str, dtype: str, variant: str) -> dict[str, torch.dtype]
     backup = state if variant in OF_MASTERS else stored
     kept = torch.bfloat16 if variant.endswith("bfloat16") else state
     return {"w": stored, "g": stored, "b": backup, "m": average, "v": state, "k": kept}
+
+
+def bytes_moved(op: str, dtype: str, variant: str) -> int:
+    """What a pass reads and writes for each parameter."""
+    dtypes = tensor_dtypes(op, dtype, variant)
+    return sum(dtypes[tensor].itemsize for tensor in reads(op, variant) + writes(op, variant))
 
 
 def arguments(op: str, dtype: str, variant: str, table: bool) -> tuple:
