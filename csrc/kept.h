@@ -12,7 +12,7 @@ struct Kept {
   void* data = nullptr;  // null where there is none
   bool narrow = false;
 
-  explicit operator bool() const { return data != nullptr; }
+  FSAM_FN explicit operator bool() const { return data != nullptr; }
 };
 
 // What a step between two ascents makes its gradient of.
