@@ -157,8 +157,13 @@ cudaError_t launch_update_ema(const TensorTable& rows, const UpdateEmaArguments<
   const cudaError_t error = choose_average<compute_t<T>>(arguments.ema.storage, [&](auto m) {
     using M = Of<decltype(m)>;
     if constexpr (has_average<M>) {
+      if (arguments.slots != nullptr) {
+        return launch_tables_of<ReuseTable>(rows, kFirstChunk, &update_ema_kernel<T, M, true, ReuseTable>, arguments,
+                                            stream);
+      }
       return launch_tables(
-          rows, kFirstChunk, [](auto tag) { return &update_ema_kernel<T, M, Of<decltype(tag)>>; }, arguments, stream);
+          rows, kFirstChunk, [](auto tag) { return &update_ema_kernel<T, M, false, Of<decltype(tag)>>; }, arguments,
+          stream);
     } else {
       return cudaSuccess;
     }

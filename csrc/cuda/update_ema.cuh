@@ -7,12 +7,11 @@
 
 namespace fsam::cuda {
 
-template <class T, class M>
+template <class T, class M, bool kMeasures>
 struct UpdateEma {
   using S = compute_t<T>;
   const T* g;
   AveragePlace<M> ema;
-  bool measures;
   AscentScalars<S> s;
   bool feeds;
   S grad_sq;
@@ -33,7 +32,7 @@ struct UpdateEma {
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int beyond, const Loaded& x) {
-    if (measures) {
+    if constexpr (kMeasures) {
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
         if (!access.has(j)) continue;
@@ -51,13 +50,13 @@ struct UpdateEma {
   }
   // The sum of the piece, which starts anew.
   __device__ __forceinline__ void end_piece() {
-    if (!measures) return;
+    if constexpr (!kMeasures) return;
     pieces.end_piece({grad_sq});
     grad_sq = 0;
   }
 };
 
-template <class T, class M, class Rows>
+template <class T, class M, bool kMeasures, class Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) + kBytesOf<M>>)
     update_ema_kernel(const Rows __grid_constant__ table, const UpdateEmaArguments<compute_t<T>> a) {
   using S = compute_t<T>;
@@ -65,12 +64,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) + kByte
   using PassSums = BlockSums<1, S>;
   CUDA_SHARED(Scalars, scalars);
   CUDA_SHARED(bool, skip);
-  CUDA_SHARED(PassSums, block_sums);
   const Piece piece = piece_of(table, threadIdx.x / kWarp);
   const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
-  const bool measures = a.slots != nullptr;
   const AverageSlice<M> ema = slice_of<M>(a.ema, table.offset[piece.row] + piece.begin);
-  UpdateEma<T, M> work{g, {ema}, measures, {}, {}, {}, {&block_sums}};
+  UpdateEma<T, M, kMeasures> work{g, {ema}, {}, {}, {}, {}};
+  if constexpr (kMeasures) {
+    CUDA_SHARED(PassSums, block_sums);
+    work.pieces.block = &block_sums;
+  }
   const auto ready = [&](auto& walked) {
     if (threadIdx.x == 0) {
       scalars = ascent_scalars<S>(1.0 / value_of(a.grad_scale), 0.0, a.lmbda, 0.0, false, false);
@@ -79,11 +80,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) + kByte
     __syncthreads();
     walked.s = scalars;
     walked.feeds = !skip;
-    return measures || !skip;
+    return kMeasures || !skip;
   };
   walk_averages<T, M>(piece, is_aligned(g, ema.data), work, ready);
-  // The piece is found again: its registers are worth more during the walk.
-  if (measures) work.pieces.store(table, piece_of(table, threadIdx.x / kWarp), {work.grad_sq}, a.slots, 1, 0);
+  if constexpr (kMeasures) work.pieces.store(table, piece, {work.grad_sq}, a.slots, 1, 0);
 }
 
 }  // namespace fsam::cuda
