@@ -72,10 +72,18 @@ class Kernel:
         if self.op == "perturb":
             _, average, master, _ = self.arguments
             return (4 if master == "true" else 0) + 2 * storage + SIZES[average]
+        kept = 8 if storage == 8 else 2  # at least
+        if self.op in ("dots", "project"):
+            return storage + kept
         weight = 4 if self.arguments[1] == "true" else storage
         if self.op == "restore_sgd":
-            return weight + storage + (self.arguments[2] == "true") * state
-        return {"restore": weight, "restore_adam": weight + storage + 2 * state}[self.op]
+            _, _, momentum, reused, _ = self.arguments
+            if reused == "true":  # with momentum or without
+                return weight + storage + kept
+            return weight + storage + (momentum == "true") * state
+        if self.op == "restore_adam":
+            return weight + storage + 2 * state + (self.arguments[2] == "true") * kept
+        return weight
 
     @property
     def narrow_average(self) -> bool:
@@ -125,7 +133,7 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
             arch, name, int(value["REG"]), int(value["STACK"]), int(value["LOCAL"]), int(value["SHARED"])
         )
     text = binary.run(binary.find_tool("nvdisasm"), "-c", "-gi", cubin)
-    lines, rare = binary.main_loop_lines(), binary.one_by_one_lines()
+    lines, rare = binary.main_loop_lines(), binary.other_lines()
     starts = {match.start(): kernels.get(match[1]) for match in re.finditer(r"^\.text\.(.+):$", text, re.MULTILINE)}
     at = list(starts)
     for match in _ACCESS.finditer(text):

@@ -79,7 +79,7 @@ def count(kernel: Kernel, dtype: str, arch: str, model: Model, walk: Walk) -> Fi
         if issue.ins.opcode in ("LDG", "STG") and issue.ins.in_main_loop and not issue.guarded
     ]
     return Figures(
-        kernel.op,
+        kernel.call,
         dtype,
         arch,
         model,
