@@ -296,8 +296,9 @@ def test_arguments_that_do_not_fit_change_nothing(name, misfit):
 
 @pytest.mark.parametrize("op", REUSING)
 @pytest.mark.parametrize("name", ["cpu", "cuda_emulated"])
-def test_parameters_may_be_held(name, op):
+def test_parameters_may_be_held(name, op, monkeypatch):
     """csrc/held.h, NOTE [held parameters]."""
+    monkeypatch.setattr(held, "FEWEST", 1)
     inputs = Inputs("odd", torch.float32)
     listed = reusing_calls(inputs, torch.bfloat16)[op]
     holding = copied(list(listed))
