@@ -71,6 +71,8 @@ def test_every_pass_leaves_issue_slots_on_the_gpu_of_its_binary(executed):
 BEFORE_FIRST_LOAD = {
     "noise_norm": (140, 170), "perturb": (170, 200), "update_ema": (130, 160), "restore": (120, 150),
     "restore_sgd": (170, 200), "restore_adam": (200, 230), "count_steps": (30, 30),
+    "perturb_keeping": (170, 200), "dots": (0, 0), "project": (0, 0), "update_ema_measuring": (0, 0),
+    "restore_sgd_reusing": (0, 0), "restore_adam_reusing": (0, 0),
 }  # fmt: skip
 
 

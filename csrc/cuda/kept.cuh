@@ -48,12 +48,32 @@ struct KeptPack {
   Pack<compute_t<T>, kGroup<T>> v;
 };
 template <Reuse kReuse, class T, class Access>
-__device__ __forceinline__ void load_kept(Access access, const KeptPlace<T>& kept, int beyond, KeptPack<T>& x) {
+__device__ __forceinline__ void load_kept_as_typed(Access access, const KeptPlace<T>& kept, int beyond,
+                                                   KeptPack<T>& x) {
   with_type(kept, [&](auto* data) {
     Pack<std::remove_pointer_t<decltype(data)>, kGroup<T>> loaded;
     access.template load<kReuse>(data + beyond, loaded);
     memcpy(&x.v, &loaded, sizeof loaded);
   });
+}
+// The words of both types go to the same registers: values that two branches load into registers of their own are
+// waited for where the branches meet, and then a lane has a single group under way.
+template <Reuse kReuse, class T>
+__device__ __forceinline__ void load_kept(Whole access, const KeptPlace<T>& kept, int beyond, KeptPack<T>& x) {
+  if constexpr (sizeof(T) == 2) {
+    KeptPlace<T> from = kept;
+    from.move(beyond);
+    const uint4* words = reinterpret_cast<const uint4*>(from.data);
+    uint4* to = reinterpret_cast<uint4*>(&x.v);
+    to[0] = load_word<kReuse>(words);
+    if (!kept.narrow) to[1] = load_word<kReuse>(words + 1);
+  } else {
+    load_kept_as_typed<kReuse>(access, kept, beyond, x);
+  }
+}
+template <Reuse kReuse, class T>
+__device__ __forceinline__ void load_kept(Part access, const KeptPlace<T>& kept, int beyond, KeptPack<T>& x) {
+  load_kept_as_typed<kReuse>(access, kept, beyond, x);
 }
 template <class T>
 __device__ __forceinline__ compute_t<T> kept_at(const KeptPlace<T>& kept, const KeptPack<T>& x, int j) {

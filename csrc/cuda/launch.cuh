@@ -117,8 +117,9 @@ cudaError_t choose_master(bool master, const Call& call) {
 
 // to[0:count] = the sums of so many rows of slots.
 template <class S>
-cudaError_t launch_sum_slots(int count, const S* slots, int64_t chunks, double* to, cudaStream_t stream) {
-  return launch(&sum_slots_kernel<S>, count, kSumThreads, stream, slots, chunks, to);
+cudaError_t launch_sum_slots(int count, const S* slots, int64_t chunks, double* to, cudaStream_t stream,
+                             const double* gate = nullptr) {
+  return launch(&sum_slots_kernel<S>, count, kSumThreads, stream, slots, chunks, to, gate);
 }
 
 template <class T>
@@ -187,7 +188,7 @@ cudaError_t launch_project(const TensorTable& rows, const ProjectArguments<compu
   const cudaError_t error =
       launch_tables_of<ReuseTable>(rows, kFirstChunk, &project_kernel<T, ReuseTable>, arguments, stream);
   if (error != cudaSuccess) return error;
-  return launch_sum_slots(1, arguments.slots, rows.chunks, kept_sq, stream);
+  return launch_sum_slots(1, arguments.slots, rows.chunks, kept_sq, stream, arguments.stats);
 }
 
 template <class T>

@@ -191,7 +191,8 @@ void project(const Tensors& params, const Tensors& grads, const Tensor& offsets,
   const Arguments args = checked_arguments(params, &grads, offsets);
   const Sums total = sums_of(kept_sq, "kept_sq", 1, args);
   if (args.table.rows.empty()) {
-    on_device(total.device, [&](cudaStream_t stream) { return launch_project<float>({}, {}, total.data, stream); });
+    const ProjectArguments<float> values{.stats = data_of<double>(stats, "stats", kStatistics, {kOnCpu, total.device})};
+    on_device(total.device, [&](cudaStream_t stream) { return launch_project<float>({}, values, total.data, stream); });
   }
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);

@@ -52,7 +52,6 @@ template <class S>
 struct ProjectPrologue {
   S inverse_scale, part;
   bool skip;
-  S instead;  // of the squared norm, in each sum, where v is not computed
 };
 
 template <class T, class Rows>
@@ -73,14 +72,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) + kNarr
       prologue.inverse_scale = S(1.0 / value_of(a.grad_scale));
       prologue.part = S(projection(dot, kept_sq));
       prologue.skip = skips(a) || !is_finite(dot) || !is_finite(kept_sq);
-      prologue.instead = a.stats != nullptr && !is_finite(a.stats[0]) ? S(NAN) : S(0);
     }
     __syncthreads();
     walked.inverse_scale = prologue.inverse_scale;
     walked.part = prologue.part;
     return !prologue.skip;
   };
-  if (!walk<T>(piece, is_aligned(g, kept.data), work, ready)) work.kept_sq = prologue.instead;
+  walk<T>(piece, is_aligned(g, kept.data), work, ready);
   work.pieces.store(table, piece, {work.kept_sq}, a.slots, 1, 0);
 }
 

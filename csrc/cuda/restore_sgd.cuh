@@ -61,6 +61,10 @@ struct RestoreSgd : NoSums {
   }
 };
 
+// Of fp64 there is no room for four operands of as many groups as of three.
+template <class T, bool kReused>
+constexpr int kSgdInFlight = sizeof(T) == 8 && kReused ? 2 : kInFlight<T>;
+
 template <class S>
 struct SgdPrologue {
   SgdScalars<S> scalars;
@@ -99,7 +103,8 @@ __global__ void __launch_bounds__(
     walked.weights.key = prologue.key;
     return !prologue.skip;
   };
-  if (!walk<T>(piece, weights.aligned() && is_aligned(g, momentum_buffer) && reused.aligned(), work, ready)) {
+  if (!walk<T, kSgdInFlight<T, kReused>>(piece, weights.aligned() && is_aligned(g, momentum_buffer) && reused.aligned(),
+                                         work, ready)) {
     only_restore(piece, weights, a.update);
   }
 }
