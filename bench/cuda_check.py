@@ -77,12 +77,11 @@ class Kernel:
             return storage + kept
         weight = 4 if self.arguments[1] == "true" else storage
         if self.op == "restore_sgd":
-            _, _, momentum, reused, _ = self.arguments
-            if reused == "true":  # with momentum or without
+            if self.reuses:  # with momentum or without
                 return weight + storage + kept
-            return weight + storage + (momentum == "true") * state
+            return weight + storage + (self.arguments[2] == "true") * state
         if self.op == "restore_adam":
-            return weight + storage + 2 * state + (self.arguments[2] == "true") * kept
+            return weight + storage + 2 * state + self.reuses * kept
         return weight
 
     @property
@@ -92,10 +91,25 @@ class Kernel:
         return average == "signed char" or (average == "fsam::bfloat16" and self.arguments[0] == "float")
 
     @property
+    def narrow_accesses(self) -> list[str]:
+        """Those of its main loop that move less than 16 bytes, but for what float32 parameters keep in bfloat16: 8."""
+        keeps = self.op in ("perturb", "dots", "project") or self.reuses
+        allowed = (".128", ".64") if keeps and self.arguments[0] == "float" else (".128",)
+        groups = self.bytes_in_flight_per_thread // self.loaded_bytes_per_parameter // 4
+        narrow = [access for access in self.main_loop if not any(width in access for width in allowed)]
+        halves = [access for access in self.main_loop if ".64" in access]
+        return narrow or halves[2 * groups :]  # loaded and stored once by each group
+
+    @property
+    def reuses(self) -> bool:
+        """Whether it is an update that reuses a gradient."""
+        return self.op in ("restore_sgd", "restore_adam") and self.arguments[-2] == "true"
+
+    @property
     def bytes_in_flight_per_thread(self) -> int:
         """What a thread requests before it waits: 16 parameters, half of that of float64 and for Adam."""
         double = self.arguments[0] == "double"
-        halved = self.op == "restore_adam" or (double and self.op == "perturb")
+        halved = self.op == "restore_adam" or (double and (self.op == "perturb" or self.reuses))
         parameters = (8 if double else 16) // (2 if halved else 1)
         return parameters * self.loaded_bytes_per_parameter
 
@@ -133,7 +147,7 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
             arch, name, int(value["REG"]), int(value["STACK"]), int(value["LOCAL"]), int(value["SHARED"])
         )
     text = binary.run(binary.find_tool("nvdisasm"), "-c", "-gi", cubin)
-    lines, rare = binary.main_loop_lines(), binary.other_lines()
+    lines, rare = binary.main_loop_lines(), binary.one_by_one_lines()
     starts = {match.start(): kernels.get(match[1]) for match in re.finditer(r"^\.text\.(.+):$", text, re.MULTILINE)}
     at = list(starts)
     for match in _ACCESS.finditer(text):

@@ -61,14 +61,10 @@ def main_loop_lines(folder: Path = SOURCES) -> dict[str, set[int]]:
     return found
 
 
-def other_lines(folder: Path = SOURCES) -> dict[str, set[int]]:
-    """The lines through which main loops reach memory in ways that are no part of a default call.
-
-    Masters that adopt weights of others, one by one, which is rare; what is kept in bfloat16.
-    """
-    marks = {"masters.cuh": "[i]", "kept.cuh": "reinterpret_cast<bfloat16*>"}
-    texts = {name: (folder / name).read_text().splitlines() for name in marks}
-    return {name: {i for i, line in enumerate(texts[name], 1) if mark in line} for name, mark in marks.items()}
+def one_by_one_lines(folder: Path = SOURCES) -> dict[str, set[int]]:
+    """The lines through which masters adopt weights of others, which are rare: in a main loop, but no part of it."""
+    text = (folder / "masters.cuh").read_text().splitlines()
+    return {"masters.cuh": {number for number, line in enumerate(text, 1) if "[i]" in line}}
 
 
 _SOURCE = re.compile(r'([\w.]+)", line (\d+)')
