@@ -13,7 +13,18 @@ import torch
 from fsam_ext.backends import resolve
 
 from . import cuda_emulation
-from .cuda_problem import DTYPES, KEPT, KINDS, PLAIN, SIZES, STORED, Problem, bits, same_bits, same_values_on_and_off_bounds
+from .cuda_problem import (
+    DTYPES,
+    KEPT,
+    KINDS,
+    PLAIN,
+    SIZES,
+    STORED,
+    Problem,
+    bits,
+    same_bits,
+    same_values_on_and_off_bounds,
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +96,7 @@ def test_averages_have_the_same_bits_as_on_the_cpu(emulated, cpu, op, dtype, sto
 
 
 KEEPING = [Problem.perturb_keeping, Problem.reusing_sgd, Problem.reusing_adam]
+SUMMING = [Problem.dots, Problem.project, Problem.update_ema_measuring]
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -108,7 +120,7 @@ def test_directions_have_the_same_bits_as_on_the_cpu(emulated, cpu, dtype, kept,
 
 
 @pytest.mark.parametrize("dtype, kept", KEPT)
-@pytest.mark.parametrize("op", [Problem.dots, Problem.project, Problem.update_ema_measuring], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("op", SUMMING, ids=lambda op: op.__name__)
 def test_sums_of_a_reuse_have_the_same_bits_in_any_order(emulated, monkeypatch, op, dtype, kept):
     def sums():
         problem = Problem(dtype, SIZES, kept=kept)
@@ -207,7 +219,7 @@ def test_chunks_have_the_same_sums_in_blocks_of_any_number(emulated, dtype):
             part.copy_(source)
     cut.ema.copy_(whole.ema)
     cut.kept.copy_(whole.kept)
-    for op in (Problem.noise_norm, Problem.dots, Problem.project, Problem.update_ema_measuring):
+    for op in (Problem.noise_norm, *SUMMING):
         for problem in (whole, cut):
             problem.partials.fill_(torch.nan)
             op(problem, emulated)

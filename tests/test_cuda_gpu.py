@@ -18,7 +18,18 @@ from torch import nn
 from fsam_ext import FriendlySAM
 from fsam_ext.backends import resolve
 
-from .cuda_problem import DTYPES, KEPT, KINDS, PLAIN, SIZES, STORED, Problem, bits, same_bits, same_values_on_and_off_bounds
+from .cuda_problem import (
+    DTYPES,
+    KEPT,
+    KINDS,
+    PLAIN,
+    SIZES,
+    STORED,
+    Problem,
+    bits,
+    same_bits,
+    same_values_on_and_off_bounds,
+)
 
 pytestmark = pytest.mark.gpu
 

@@ -28,10 +28,15 @@ from .sass_problem import execute
 SIZES = [7, 33, 2048, 0, 2500, 4097]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RUNS = {
-    "perturb": Problem.perturb, "restore": Problem.restore, "restore_sgd": Problem.sgd,
-    "count_steps": Problem.count_steps, "restore_adam": Problem.adam,
-    "perturb_keeping": Problem.perturb_keeping, "project": Problem.project,
-    "restore_sgd_reusing": Problem.reusing_sgd, "restore_adam_reusing": Problem.reusing_adam,
+    "perturb": Problem.perturb,
+    "restore": Problem.restore,
+    "restore_sgd": Problem.sgd,
+    "count_steps": Problem.count_steps,
+    "restore_adam": Problem.adam,
+    "perturb_keeping": Problem.perturb_keeping,
+    "project": Problem.project,
+    "restore_sgd_reusing": Problem.reusing_sgd,
+    "restore_adam_reusing": Problem.reusing_adam,
 }
 # Sums over a chunk have the order of these kernels, and the emulation's bits.
 SUMS = {

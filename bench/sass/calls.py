@@ -59,12 +59,8 @@ KERNELS = [
     Kernel("perturb", "PerturbArguments", "{T}, float, false, {table}", variant="keeping"),
     Kernel("dots", "DotsArguments", "{T}, {table}", tables=REUSE_TABLES),
     Kernel("project", "ProjectArguments", "{T}, {table}", tables=REUSE_TABLES),
-    Kernel(
-        "update_ema", "UpdateEmaArguments", "{T}, float, true, {table}", tables=REUSE_TABLES, variant="measuring"
-    ),
-    Kernel(
-        "restore_sgd", "SgdArguments", "{T}, false, true, true, {table}", tables=REUSE_TABLES, variant="reusing"
-    ),
+    Kernel("update_ema", "UpdateEmaArguments", "{T}, float, true, {table}", tables=REUSE_TABLES, variant="measuring"),
+    Kernel("restore_sgd", "SgdArguments", "{T}, false, true, true, {table}", tables=REUSE_TABLES, variant="reusing"),
     Kernel("restore_adam", "AdamArguments", "{T}, false, true, {table}", tables=REUSE_TABLES, variant="reusing"),
 ]
 COUNT_STEPS = Kernel("count_steps", "CountArguments", "float", 128, False)  # compiled with the kernels of fp32
