@@ -15,6 +15,14 @@ struct Kept {
   FSAM_FN explicit operator bool() const { return data != nullptr; }
 };
 
+// The part of it that starts at an element of the flat buffer. S is the type of the arithmetic.
+template <class S>
+FSAM_FN Kept part_of(const Kept& kept, int64_t element) {
+  if (!kept) return {};
+  const int64_t size = kept.narrow ? sizeof(bfloat16) : sizeof(S);
+  return {static_cast<char*>(kept.data) + element * size, kept.narrow};
+}
+
 // What a step between two ascents makes its gradient of.
 struct Reused {
   Kept v;
