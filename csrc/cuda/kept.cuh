@@ -28,12 +28,10 @@ struct KeptPlace {
 };
 template <class T>
 __device__ __forceinline__ KeptPlace<T> place_of(const Kept& kept, int64_t element) {
-  KeptPlace<T> place{static_cast<char*>(kept.data), sizeof(T) != 8 && kept.narrow};
-  place.data += element * (place.narrow ? int(sizeof(bfloat16)) : int(sizeof(compute_t<T>)));
-  return place;
+  return {static_cast<char*>(part_of<compute_t<T>>(kept, element).data), sizeof(T) != 8 && kept.narrow};
 }
 
-// Calls body(elements, offset of `beyond` elements) with the elements as what they are stored as.
+// Calls body(elements) with a pointer to them as what they are stored as.
 template <class T, class Body>
 __device__ __forceinline__ void with_type(const KeptPlace<T>& kept, const Body& body) {
   if constexpr (sizeof(T) != 8) {
@@ -56,6 +54,7 @@ __device__ __forceinline__ void load_kept_as_typed(Access access, const KeptPlac
     memcpy(&x.v, &loaded, sizeof loaded);
   });
 }
+
 // The words of both types go to the same registers: values that two branches load into registers of their own are
 // waited for where the branches meet, and then a lane has a single group under way.
 template <Reuse kReuse, class T>
@@ -75,6 +74,7 @@ template <Reuse kReuse, class T>
 __device__ __forceinline__ void load_kept(Part access, const KeptPlace<T>& kept, int beyond, KeptPack<T>& x) {
   load_kept_as_typed<kReuse>(access, kept, beyond, x);
 }
+
 template <class T>
 __device__ __forceinline__ compute_t<T> kept_at(const KeptPlace<T>& kept, const KeptPack<T>& x, int j) {
   if constexpr (sizeof(T) == 8) {
