@@ -12,7 +12,7 @@ struct Kept {
   void* data = nullptr;  // null where there is none
   bool narrow = false;
 
-  explicit operator bool() const { return data != nullptr; }
+  FSAM_FN explicit operator bool() const { return data != nullptr; }
 };
 
 // The part of it that starts at an element of the flat buffer. S is the type of the arithmetic.

@@ -182,7 +182,7 @@ def _sanitizer(tool: str) -> Callable[[Setting, float], list[str]]:
         path = find("compute-sanitizer", setting.environment.get("PATH"))
         if path is None:
             raise Missing("compute-sanitizer was not found: install the CUDA toolkit's, or add it to PATH")
-        tests = _pytest("tests/test_cuda_gpu.py", "-m", "gpu", "-k", "SameBitsAsCpu and bfloat16")
+        tests = _pytest("tests/test_cuda_gpu.py", "-m", "gpu", "-k", "(SameBitsAsCpu or kept_and_reused) and bfloat16")
         return [
             path, "--tool", tool, "--kernel-name", "kernel_substring=fsam", "--error-exitcode", "9",
             *tests, *(["--collect-only"] if setting.dry else []),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "average.cuh"
+#include "kept.cuh"
 #include "masters.cuh"
 #include "scalars.cuh"
 #include "sums.cuh"
@@ -26,6 +27,26 @@ __device__ __forceinline__ float seen(float weight, Forward forward) {
   return weight;
 }
 
+// Keeps the gradients of a group. A part is rare: its gradients are read again, so that the code is small.
+template <class T>
+__device__ __forceinline__ void keep(Whole access, const KeptPlace<T>& kept, const T*, const Pack<T, kGroup<T>>& g,
+                                     compute_t<T> inverse_scale) {
+  with_type(kept, [&](auto* to) {
+    Pack<std::remove_pointer_t<decltype(to)>, kGroup<T>> packed;
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) narrow(unscaled(compute_t<T>(widen_at(g, j)), inverse_scale), packed.v[j]);
+    access.store<Reuse::late>(to, packed);
+  });
+}
+template <class T>
+__device__ __forceinline__ void keep(Part access, const KeptPlace<T>& kept, const T* g, const Pack<T, kGroup<T>>&,
+                                     compute_t<T> inverse_scale) {
+  with_type(kept, [&](auto* to) {
+#pragma unroll 1
+    for (int i = 0; i < access.count; ++i) narrow(unscaled(compute_t<T>(widen(g[i])), inverse_scale), to[i]);
+  });
+}
+
 template <class T>
 constexpr int kPerturbInFlight = sizeof(T) == 8 ? 2 : kInFlight<T>;
 
@@ -40,6 +61,8 @@ struct Perturb {
   AscentScalars<S> s;
   bool feeds, measures;
   Forward forward;
+  Kept kept;
+  const void* saved;  // the first of the backup, or of the masters
   Effect<S> effect;
   PieceSums<kEffect, S> pieces;
 
@@ -74,6 +97,11 @@ struct Perturb {
       adopt_loaded(access, w + beyond, master + beyond, x.w);
     } else {
       access.template store<Reuse::late>(backup + beyond, x.w.v);
+    }
+    if (kept) {
+      // The place follows from another's: a pointer of its own would cost those registers that keep nothing.
+      const int64_t at = kMaster ? master - static_cast<const S*>(saved) : backup - static_cast<const T*>(saved);
+      keep<T>(access, place_of<T>(kept, at + beyond), g + beyond, x.g, s.inverse_scale);
     }
     Pack<T, kGroup<T>> after;
     S fresh[kGroup<T>], intended[kGroup<T>];
@@ -132,7 +160,9 @@ __global__ void __launch_bounds__(
   T* backup = kMaster ? nullptr : a.backup + in_buffer;
   S* master = kMaster ? a.master + in_buffer : nullptr;
   const bool measures = a.effect != nullptr;
-  Perturb<T, M, kMaster> work{w, g, {ema}, backup, master, {}, a.feeds, measures, a.forward, {}, {&block_sums}};
+  const void* saved = kMaster ? static_cast<const void*>(a.master) : a.backup;
+  Perturb<T, M, kMaster> work{w,        g,         {ema},  backup, master, {},           a.feeds,
+                              measures, a.forward, a.kept, saved,  {},     {&block_sums}};
   const auto ready = [&](auto& walked) {
     if (threadIdx.x == 0) {
       const double noise_sq = a.stats[0];
@@ -146,8 +176,9 @@ __global__ void __launch_bounds__(
     walked.s.updated = a.updated;
     return finite;
   };
-  const bool perturbed =
-      walk_averages<T, M, kPerturbInFlight<T>>(piece, is_aligned(w, g, ema.data, backup, master), work, ready);
+  const bool aligned =
+      is_aligned(w, g, ema.data, backup, master) && (!a.kept || is_aligned(place_of<T>(a.kept, in_buffer).data));
+  const bool perturbed = walk_averages<T, M, kPerturbInFlight<T>>(piece, aligned, work, ready);
   if constexpr (kMaster) {
     if (!perturbed) adopt(piece, w, master);
   } else {
