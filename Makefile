@@ -95,7 +95,8 @@ sanitize: $(VENV)/.extra-dev ## run the conformance tests under AddressSanitizer
 	preload=$$(ldd $(SANITIZED)/fsam_ext/_C.abi3.so | awk '/lib(asan|ubsan|stdc)/ {printf "%s ", $$3}') && \
 	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	FSAM_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/fsam_ext \
-	$(PY) -m pytest $(PARALLEL) --capture=sys -k "cpu-" tests/test_conformance.py $(ARGS)
+	$(PY) -m pytest $(PARALLEL) --capture=sys -k "cpu-" tests/test_conformance.py tests/test_reuse_ops.py \
+	  tests/test_reuse_updates.py $(ARGS)
 
 wheel: $(VENV)/.extra-build ## a wheel and an sdist in dist/
 	rm -rf build/lib.* build/bdist.* dist

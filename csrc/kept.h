@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "average.h"
+#include "storage.h"
 
 namespace fsam {
 
@@ -28,15 +28,5 @@ struct Reused {
   Kept v;
   const double* squares = nullptr;  // |g|^2, |v|^2; where v is
 };
-
-// Calls call(StoredAs<K>{}), on the host; with void where nothing is kept. Inlined for the reason of choose_average.
-template <class S, class Call>
-inline __attribute__((always_inline)) auto choose_kept(const Kept& kept, const Call& call) {
-  if constexpr (sizeof(S) == 4) {
-    if (kept && kept.narrow) return call(StoredAs<bfloat16>{});
-  }
-  if (kept) return call(StoredAs<S>{});
-  return call(StoredAs<void>{});
-}
 
 }  // namespace fsam

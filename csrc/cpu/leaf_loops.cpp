@@ -72,7 +72,7 @@ FSAM_FN void for_averages(const AverageSlice<M>& ema, int64_t n, bool feeds, con
 }
 
 // A group of lanes of what is kept. A branch that always goes the same way tells the type: loops of their own for each
-// would double what reads or writes it, and are no faster.
+// would double all that reads or writes it.
 template <class T, class Access>
 FSAM_FN lanes_t<T> load_kept(const Kept& kept, int64_t i, Access access) {
   using S = compute_t<T>;
