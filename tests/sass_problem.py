@@ -34,7 +34,7 @@ def values_of(problem: Problem, kernel: Kernel, memory: Memory, chunks: int) -> 
         "members": len(problem.index), "rows": len(problem.corrections),
         "grad_scale": calls.number(1.0, at["grad_scale"]), "found_inf": calls.number(0.0, at["found_inf"]),
         "lr": calls.number(0.0, at["lr"]), "rho": calls.number(0.0, at["rho"], is_double=True),
-        "sigma": 0.9, "lmbda": 0.6, "dampening": 0.1, "weight_decay": 0.01,
+        "sums": at["sums"], "sigma": 0.9, "lmbda": 0.6, "dampening": 0.1, "weight_decay": 0.01,
     }  # fmt: skip
     if kernel.op in ("dots", "project") or kernel.variant == "keeping":
         values["kept"] = calls.kept(at["kept"])

@@ -26,9 +26,13 @@ struct KeptPlace {
     data += int64_t(by) * (narrow ? int(sizeof(bfloat16)) : int(sizeof(S)));
   }
 };
+// No question whether something is kept: a pointer that may be null is one into no known memory, which costs generic
+// accesses.
 template <class T>
 __device__ __forceinline__ KeptPlace<T> place_of(const Kept& kept, int64_t element) {
-  return {static_cast<char*>(part_of<compute_t<T>>(kept, element).data), sizeof(T) != 8 && kept.narrow};
+  KeptPlace<T> place{static_cast<char*>(kept.data), sizeof(T) != 8 && kept.narrow};
+  place.data += element * (place.narrow ? int(sizeof(bfloat16)) : int(sizeof(compute_t<T>)));
+  return place;
 }
 
 // Calls body(elements) with a pointer to them as what they are stored as.
