@@ -156,7 +156,7 @@ class Passes:
             ascended = None if stage is Stage.CLEAN else self.transaction.ascended
             first, settle, settled = self.reuse.plan(
                 *(groups, state, participants, self.layout.meshes(groups), guards, ascended),
-                *(self.transaction.journal.cell, partial(self._call, groups)),
+                *(self.norm, self.transaction.journal.cell, partial(self._call, groups)),
             )
         feeding = [
             one
