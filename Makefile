@@ -133,7 +133,7 @@ $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
 
 # What cannot be installed is said here, and once more under the table.
 $(VENV)/.frameworks: $(VENV)/.torch Makefile
-	$(PIP) install -q -c $(CONSTRAINTS) "pytest>=8" numpy scikit-learn
+	$(PIP) install -q -c $(CONSTRAINTS) "pytest>=8" numpy scikit-learn matplotlib
 	@for package in $(FRAMEWORKS); do \
 	    $(PIP) install -q -c $(CONSTRAINTS) $$package || echo "fsam_ext: $$package COULD NOT BE INSTALLED" >&2; \
 	done
