@@ -40,7 +40,7 @@ from .reference import (
 pytest.importorskip("composer")
 
 from composer import Callback, Event, Trainer
-from composer.algorithms import GradientClipping, MixUp
+from composer.algorithms import EMA, GradientClipping, MixUp
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerModel
 from composer.trainer._scaler import ClosureGradScaler
@@ -188,6 +188,24 @@ def test_a_checkpoint_in_mid_epoch(options, tmp_path, record):
     trainer.fit()
     assert trainer.state.timestamp.batch.value == 8
     record("mosaicml", ", ".join(["checkpoint", *options]), difference(ours.module, reference))
+
+
+def test_the_average_of_weights_takes_no_perturbed_ones(record):
+    ours, reference = Model(), network()
+    averaging = EMA(half_life="2ba", update_interval="1ba")
+    trainer, _ = trainer_of(ours, made(ours), algorithms=[averaging])
+    trainer.fit()
+    average = None
+
+    def update():
+        nonlocal average
+        weights = {f"module.{name}": param.detach().clone() for name, param in reference.named_parameters()}
+        average = average or weights  # Composer's begins with the weights after the first step
+        kept = averaging.smoothing
+        average = {name: average[name] * kept + value * (1.0 - kept) for name, value in weights.items()}
+
+    train(reference, made(reference), batches(), after_step=update)
+    record("mosaicml", "EMA", distance(average, averaging.ema_model.named_parameters_dict))
 
 
 class Counting(Callback):

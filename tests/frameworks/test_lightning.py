@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from fsam_ext import FriendlySAM
@@ -64,12 +66,11 @@ class Module(lightning.LightningModule):
 
 
 def trainer(tmp_path, *callbacks, **options):
-    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, **options}
+    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **options}
     return lightning.Trainer(
         accelerator="cpu",
         devices=1,
         default_root_dir=tmp_path,
-        enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[*callbacks, FriendlySAMCallback()],
         **options,
@@ -182,6 +183,21 @@ def test_dropout_has_the_same_masks(accumulate, tmp_path, record):
     assert len(states) == 16
     model, _ = by_hand(dropout=0.5, accumulate=accumulate, states=states)
     record("lightning", f"dropout, accumulation {accumulate}", difference(module.net, model))
+
+
+def checkpointed(net):
+    """Keeps no activations: its backward pass makes them again."""
+    net.forward = partial(checkpoint, net.forward, use_reentrant=False)
+    return net
+
+
+@pytest.mark.parametrize("accumulate", (1, 3))
+def test_gradient_checkpointing(accumulate, tmp_path, record):
+    module, model = Module(batch_norm=True), checkpointed(network(batch_norm=True))
+    checkpointed(module.net)
+    fit(tmp_path, module, accumulate_grad_batches=accumulate)
+    train(model, FriendlySAM(model.parameters(), **OPTIONS), batches(), epochs=2, accumulate=accumulate)
+    record("lightning", f"gradient checkpointing, accumulation {accumulate}", difference(module.net, model))
 
 
 # ---- fp16 ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import gc
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -25,7 +26,7 @@ from timm.loss import LabelSmoothingCrossEntropy  # noqa: E402
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs  # noqa: E402
 from timm.scheduler import CosineLRScheduler  # noqa: E402
 from timm.task import ClassificationTask  # noqa: E402
-from timm.utils import ModelEmaV3, NativeScaler  # noqa: E402
+from timm.utils import ModelEmaV3, NativeScaler, update_summary  # noqa: E402
 
 from fsam_ext.integrations.timm import TwoPassScaler, register  # noqa: E402
 
@@ -234,8 +235,8 @@ def test_a_checkpoint(options, tmp_path, record):
     record("timm", ", ".join(["checkpoint", *options]), difference(model, reference))
 
 
-@pytest.mark.parametrize("name", ("test_vit", "test_resnet"))
-def test_a_model_of_timm(name, record):
+@pytest.mark.parametrize("name, checkpointing", (("test_vit", False), ("test_resnet", False), ("test_vit", True)))
+def test_a_model_of_timm(name, checkpointing, record):
     """With the real thing: drop path, BatchNorm, label smoothing, and what create_optimizer_v2 makes of a name."""
     register()
     draw = torch.Generator().manual_seed(1)
@@ -244,6 +245,7 @@ def test_a_model_of_timm(name, record):
     def begun():
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=5, drop_path_rate=0.3)
+        model.set_grad_checkpointing(checkpointing)
         return model, create_optimizer_v2(model, "fsamadamw", lr=1e-3, weight_decay=0.05, rho=0.1)
 
     (ours, optimizer), (reference, plain) = begun(), begun()
@@ -252,7 +254,7 @@ def test_a_model_of_timm(name, record):
     losses = Loop(ours, optimizer, loss_fn, TwoPassScaler(optimizer, ours, loss_fn)).epoch(data)
     loss = lambda model, batch: loss_fn(model(batch[0]), batch[1])  # noqa: E731
     assert losses == train(reference, plain, data, states=states, loss=loss)
-    record("timm", name, difference(ours, reference))
+    record("timm", name + (", gradient checkpointing" if checkpointing else ""), difference(ours, reference))
 
 
 def on_a_rank(accumulate):
@@ -280,6 +282,19 @@ def test_a_compiled_model(record):
     losses = Loop(model, optimizer, loss_fn, TwoPassScaler(optimizer, model, loss_fn)).epoch(batches())
     assert losses == train(reference, made(reference), batches())
     record("timm", "torch.compile", difference(ours, reference))
+
+
+def test_what_an_ascent_measured_is_for_the_summary(tmp_path):
+    model, loss_fn = network(), nn.CrossEntropyLoss()
+    optimizer = made(model)
+    scaler = TwoPassScaler(optimizer, model, loss_fn)
+    losses = Loop(model, optimizer, loss_fn, scaler).epoch(batches())
+    metrics = {"loss": losses[-1], **{name: float(value) for name, value in scaler.stats().items()}}
+    update_summary(0, metrics, {}, tmp_path / "summary.csv", write_header=True)
+    with open(tmp_path / "summary.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["train_fsam/grad_norm"]) == float(optimizer.stats()["grad_norm"].float()) > 0
+    assert {"train_fsam/noise_norm", "train_fsam/cosine", "train_fsam/found_inf"} < row.keys()
 
 
 def test_evaluation_between_steps_is_not_kept():
