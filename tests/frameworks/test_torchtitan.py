@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fsam_ext import FriendlySAM
+from fsam_ext.checkpoint import LoadPlanner
 
 from ..conformance import identical
 from ..distributed.ranks import run
@@ -181,6 +182,29 @@ def test_several_optimizers_in_one_flat_dict(tmp_path, record):
         record("torchtitan", f"2 ranks, resumed on {world}: 4 optimizers", far, 0.0 if world == 2 else 1e-12)
 
 
+def test_a_checkpoint_of_its_own_container_goes_on_with_f_sam(tmp_path):
+    """The averages start anew."""
+    plain, model = reference.network(), reference.network()
+    group = ParamGroupConfig(pattern=".*", optimizer_name="AdamW", optimizer_kwargs={"lr": 0.02})
+    theirs = torchtitan.components.optimizer.OptimizersContainer.Config(param_groups=[group])
+    theirs = theirs.build(model_parts=[plain])
+    for batch in reference.batches(3):
+        theirs.zero_grad()
+        reference.loss_of(plain, batch).backward()
+        theirs.step()
+    dcp.save({"optimizer": theirs.state_dict()}, checkpoint_id=str(tmp_path), no_dist=True)
+    ours = one_optimizer(model, rho=0.3)
+    states = {"optimizer": ours.state_dict()}
+    dcp.load(states, checkpoint_id=str(tmp_path), planner=LoadPlanner(), no_dist=True)
+    ours.load_state_dict(states["optimizer"])
+    (optimizer,), (base,) = ours, theirs
+    assert optimizer.param_groups[0]["lr"] == 0.02 and optimizer.param_groups[0]["rho"] == 0.3
+    for param, other in zip(model.parameters(), plain.parameters()):
+        for name, value in base.state[other].items():
+            assert torch.equal(optimizer.state[param][name], value)
+        assert optimizer.state[param]["fsam_ema"].isnan().all()
+
+
 # ---- Its training step, with the recipe ------------------------------------------------------------------------------
 
 
@@ -265,8 +289,13 @@ def test_its_training_step_with_the_recipe(options, accumulate, record):
     record("torchtitan", f"train_step, {options}, accumulation {accumulate}", reference.difference(model, other))
 
 
-def test_the_recipe_is_for_one_optimizer():
+def test_what_the_recipe_is_not_for():
     model = nn.Sequential(nn.Linear(10, 3), nn.Linear(3, 3))
+    data = iter([({"input": x}, y) for x, y in reference.batches()])
     trainer = trainer_of(model, container_of([model]), 1, lambda *values, **_: None)
-    with pytest.raises(ValueError, match="too many values to unpack"):
-        trainer.train_step(iter([({"input": x}, y) for x, y in reference.batches()]))
+    with pytest.raises(ValueError, match="too many values to unpack"):  # two optimizers
+        trainer.train_step(data)
+    trainer = trainer_of(model, one_optimizer(model), 1, lambda *values, **_: None)
+    trainer.config.training.disable_cuda_graphs = False
+    with pytest.raises(AssertionError, match="CUDA graphs cannot hold the second pass"):
+        trainer.train_step(data)
