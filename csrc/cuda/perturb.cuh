@@ -62,7 +62,8 @@ struct Perturb {
   bool feeds, measures;
   Forward forward;
   Kept kept;
-  int64_t at;  // in the flat buffers
+  int64_t at;      // in the flat buffers
+  const T* saved;  // the first of the backup
   Effect<S> effect;
   PieceSums<kEffect, S> pieces;
 
@@ -100,7 +101,10 @@ struct Perturb {
       access.template store<Reuse::late>(backup + beyond, x.w.v);
     }
     if (kept) {
-      keep<T>(access, place_of<T>(kept, at + beyond), g + beyond, x.g, s.inverse_scale);
+      // fp64 has no registers to count in: there the place is a difference of pointers, which makes some accesses to
+      // the backup generic.
+      const int64_t here = sizeof(T) == 8 ? backup - saved : at;
+      keep<T>(access, place_of<T>(kept, here + beyond), g + beyond, x.g, s.inverse_scale);
     }
     Pack<T, kGroup<T>> after;
     S fresh[kGroup<T>], intended[kGroup<T>];
@@ -159,8 +163,8 @@ __global__ void __launch_bounds__(
   T* backup = kMaster ? nullptr : a.backup + in_buffer;
   S* master = kMaster ? a.master + in_buffer : nullptr;
   const bool measures = a.effect != nullptr;
-  Perturb<T, M, kMaster> work{w,        g,         {ema},  backup,    master, {},           a.feeds,
-                              measures, a.forward, a.kept, in_buffer, {},     {&block_sums}};
+  Perturb<T, M, kMaster> work{w,        g,         {ema},  backup,    master,   {}, a.feeds,
+                              measures, a.forward, a.kept, in_buffer, a.backup, {}, {&block_sums}};
   const auto ready = [&](auto& walked) {
     if (threadIdx.x == 0) {
       const double noise_sq = a.stats[0];
