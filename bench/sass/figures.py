@@ -20,7 +20,7 @@ LANES = 32
 CLASSES = {
     "arithmetic": "FADD FMUL FFMA FSEL FSETP FSET FMNMX MUFU FCHK DADD DMUL DFMA DSETP",
     "conversion": "F2F F2FP HADD2 I2F I2FP F2I FRND PRMT",
-    "memory": "LDG STG LD ST",
+    "memory": "LDG STG",
     "shared": "LDS STS SHFL BAR",
     "parameters": "LDC ULDC LDCU S2R S2UR",
     "branches": "BRA BSSY BSYNC BREAK CALL RET EXIT WARPSYNC NOP",

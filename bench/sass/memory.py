@@ -77,13 +77,13 @@ def store_shared(x: Execution) -> None:
     x.block.shared[shared_index(x, 0, width)] = source_bytes(x, 1, width)
 
 
-@executes("LDG", "LD", modifiers=f"U8 S8 U16 S16 64 128 {HINTS}")
+@executes("LDG", modifiers=f"U8 S8 U16 S16 64 128 {HINTS}")
 def load_global(x: Execution) -> None:
-    """From global memory; LD knows it by the address, and no other is asked for."""
+    """From global memory."""
     write_loaded(x, x.block.memory.load(x.addresses(1)[x.mask], width_of(x)))
 
 
-@executes("STG", "ST", modifiers=f"U8 U16 64 128 {HINTS}")
+@executes("STG", modifiers=f"U8 U16 64 128 {HINTS}")
 def store_global(x: Execution) -> None:
     """To global memory."""
     x.block.memory.store(x.addresses(0)[x.mask], source_bytes(x, 1, width_of(x)))

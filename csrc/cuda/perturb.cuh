@@ -62,7 +62,8 @@ struct Perturb {
   bool feeds, measures;
   Forward forward;
   Kept kept;
-  const void* saved;  // the first of the backup, or of the masters
+  int64_t at;      // in the flat buffers
+  const T* saved;  // the first of the backup
   Effect<S> effect;
   PieceSums<kEffect, S> pieces;
 
@@ -75,6 +76,7 @@ struct Perturb {
     w += by;
     g += by;
     ema.move(by);
+    at += by;
     if constexpr (kMaster) {
       master += by;
     } else {
@@ -99,9 +101,10 @@ struct Perturb {
       access.template store<Reuse::late>(backup + beyond, x.w.v);
     }
     if (kept) {
-      // The place follows from another's: a pointer of its own would cost those registers that keep nothing.
-      const int64_t at = kMaster ? master - static_cast<const S*>(saved) : backup - static_cast<const T*>(saved);
-      keep<T>(access, place_of<T>(kept, at + beyond), g + beyond, x.g, s.inverse_scale);
+      // fp64 has no registers to count in: there the place is a difference of pointers, which makes some accesses to
+      // the backup generic.
+      const int64_t here = sizeof(T) == 8 ? backup - saved : at;
+      keep<T>(access, place_of<T>(kept, here + beyond), g + beyond, x.g, s.inverse_scale);
     }
     Pack<T, kGroup<T>> after;
     S fresh[kGroup<T>], intended[kGroup<T>];
@@ -160,9 +163,8 @@ __global__ void __launch_bounds__(
   T* backup = kMaster ? nullptr : a.backup + in_buffer;
   S* master = kMaster ? a.master + in_buffer : nullptr;
   const bool measures = a.effect != nullptr;
-  const void* saved = kMaster ? static_cast<const void*>(a.master) : a.backup;
-  Perturb<T, M, kMaster> work{w,        g,         {ema},  backup, master, {},           a.feeds,
-                              measures, a.forward, a.kept, saved,  {},     {&block_sums}};
+  Perturb<T, M, kMaster> work{w,        g,         {ema},  backup,    master,   {}, a.feeds,
+                              measures, a.forward, a.kept, in_buffer, a.backup, {}, {&block_sums}};
   const auto ready = [&](auto& walked) {
     if (threadIdx.x == 0) {
       const double noise_sq = a.stats[0];
