@@ -116,4 +116,4 @@ def test_aligned_main_loops_move_16_bytes_at_once(passes):
 
 
 def test_library_is_small_enough_to_ship():
-    assert LIBRARY.stat().st_size < 16.5e6
+    assert LIBRARY.stat().st_size < 17.6e6  # 16.2 MB before reuse, whose 30 kernels an architecture are the rest

@@ -7,9 +7,15 @@
 
 namespace fsam::cuda {
 
-// Four operands: eight parameters of each (four of fp64) are as many bytes as sixteen of the other passes' two.
-template <class T>
-constexpr int kAdamInFlight = sizeof(T) == 2 ? 1 : 2;
+// Four operands: eight parameters of each (four of fp64) are as many bytes as sixteen of the other passes' two. With a
+// fifth one of fp64, sm_120 has registers for half of that, and memory that is content with it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr bool kFewAreEnough = true;
+#else
+constexpr bool kFewAreEnough = false;
+#endif
+template <class T, bool kReused>
+constexpr int kAdamInFlight = sizeof(T) == 2 || (sizeof(T) == 8 && kReused && kFewAreEnough) ? 1 : 2;
 
 template <class T, bool kMaster, bool kReused>
 struct RestoreAdam : NoSums {
@@ -115,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     return !prologue.skip;
   };
   const bool aligned = weights.aligned() && is_aligned(g, exp_avg, exp_avg_sq) && reused.aligned();
-  if (!walk<T, kAdamInFlight<T>>(piece, aligned, work, ready)) {
+  if (!walk<T, kAdamInFlight<T, kReused>>(piece, aligned, work, ready)) {
     only_restore(piece, weights, a.update);
   }
 }
