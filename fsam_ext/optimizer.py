@@ -66,8 +66,8 @@ class FriendlySAM(StatefulOptimizer):
         params: parameters, named parameters or param groups, as for every torch optimizer.
         base_optimizer: class of the optimizer that updates the weights. SGD, Adam and AdamW run in the same pass as the
             restore; any other class whose step() needs no closure runs after it.
-        rho: radius of the perturbation, in the norm over all parameters (of |w| d where ``adaptive``); a number or,
-            for CUDA graphs, a tensor of one element. 0 is allowed.
+        rho: radius of the perturbation, in the norm over all parameters (of |w| d where ``adaptive``); a number, 0
+            included; for CUDA graphs a tensor of one element; or a function of the step's number, to warm it up.
         sigma: how much of the average is taken out of the gradient. 0 is SAM, and then no average is kept.
         lmbda: decay of the average, in [0, 1).
         adaptive: scale the perturbation with |w|^2 (ASAM).
@@ -78,6 +78,10 @@ class FriendlySAM(StatefulOptimizer):
         every, start, end: ascend in every ``every``-th step only, from step ``start`` on and before step ``end``,
             counted from 0; ``start`` and ``end`` may be functions of the step's number that tell whether they are
             reached. The average sees a gradient in every step.
+        reuse: add what the last ascent found to the gradients of the steps between two ascents: the part of its second
+            gradient that is orthogonal to the first, as long as ``reuse`` times the gradient (LookSAM, Liu et al., CVPR
+            2022). With ``every``, for noisy labels: docs/choosing.md. Costs 4 bytes a parameter; SGD, Adam, AdamW only.
+        reuse_dtype: what stores that part: torch.float32 or torch.bfloat16; None: the dtype of the arithmetic.
         master_weights: keep float32 copies of bfloat16 and float16 parameters, which the base optimizer updates and of
             which the parameters are the rounded values. There is no backup then. SGD, Adam and AdamW only.
         stochastic_rounding: without masters, round the base optimizer's update of 16-bit parameters up or down at
@@ -94,7 +98,8 @@ class FriendlySAM(StatefulOptimizer):
             policies); only for ``stats()`` and its warning.
         capturable: promise that every option that changes is a tensor on the device, so that a CUDA graph may hold
             the step; handed to the base optimizer too where it knows the option.
-        **base_kwargs: the options of the base optimizer. All options, these included, are param-group keys. ``eps``
+        **base_kwargs: the options of the base optimizer. All options, these included, are param-group keys, and so is
+            ``perturb``: a group with ``perturb=False`` takes no part in ascents, and only the base updates it. ``eps``
             belongs to the base where the base has one (Adam), as in the official code; for a base without
             one it is another name of ``perturb_eps``.
 
@@ -106,7 +111,7 @@ class FriendlySAM(StatefulOptimizer):
         self,
         params: Any,
         base_optimizer: type[Optimizer] = SGD,
-        rho: float | Tensor = 0.05,
+        rho: float | Tensor | Callable[[int], float | Tensor] = 0.05,
         sigma: float = 1.0,
         lmbda: float = 0.9,
         adaptive: bool = False,
@@ -116,6 +121,8 @@ class FriendlySAM(StatefulOptimizer):
         every: int = 1,
         start: Boundary = None,
         end: Boundary = None,
+        reuse: float = 0.0,
+        reuse_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
@@ -132,7 +139,8 @@ class FriendlySAM(StatefulOptimizer):
         options.check_seed(rounding_seed)
         protocol.refuse_sharding_wrapper()
         own = {"rho": rho, "sigma": sigma, "lmbda": lmbda, "adaptive": adaptive, "ema": ema, "perturb_eps": perturb_eps}
-        layout = (ema_dtype, master_weights, stochastic_rounding, forward_dtype, ema_source)
+        own["reuse"] = reuse
+        layout = (ema_dtype, master_weights, stochastic_rounding, forward_dtype, ema_source, reuse_dtype, True)
         self.base_class = base_optimizer
         self.backend = backend
         self.capturable = capturable
@@ -145,6 +153,7 @@ class FriendlySAM(StatefulOptimizer):
         self._base = base_of(base)
         with_base = base_options.with_base(groups, base.param_groups)
         super().__init__(with_base, options.defaults(base, own, layout))
+        options.check_together(self)
         self._begin()
 
     @property
@@ -175,6 +184,8 @@ class FriendlySAM(StatefulOptimizer):
                 super().add_param_group(group)
                 options.check_group(self.param_groups, len(self.param_groups) - 1, self._base)
                 self.param_groups[-1][STEP] = self.param_groups[0][STEP]
+            if "_passes" in self.__dict__:
+                options.check_together(self)
         except BaseException:
             del self.param_groups[count:]
             raise
@@ -278,7 +289,7 @@ class FriendlySAM(StatefulOptimizer):
             else:
                 protocol.check_gradients(passes.transaction.has_perturbed, self.param_groups, passes.backward_count)
             if goes_on:
-                passes.finish(self.param_groups, self.state, scaling)
+                passes.finish(self.param_groups, self.state, scaling, self.schedule.reuses(self.param_groups[0][STEP]))
                 self._progress.stepped()
             else:
                 passes.give_up(self.param_groups)

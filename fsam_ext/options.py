@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from .backends.ops import FORWARD
 from .state.checkpoints import CURRENT_FORMAT
-from .state.keys import FORMAT, LAYOUT, NAMES, OWN_OPTIONS, PREFIX, STEP, our_group
+from .state.keys import FORMAT, LAYOUT, NAMES, OWN_OPTIONS, PREFIX, STEP, our_group, uses_reuse
 from .state.tensors import check_kept, check_parameter, name_of
 from .step.base_options import takes
 from .step.base_update import FusedBase, GenericBase, is_fused
+from .step.rho import is_radius
 
 PERTURB_EPS = 1e-12
 # What the constructor takes for itself.
@@ -76,21 +77,15 @@ def check_options(group: dict[str, Any]) -> None:
 
     def number(name: str, holds: Callable[[float], bool], wanted: str) -> None:
         value = group[name]
-        if name == "rho" and isinstance(value, Tensor):
-            if value.numel() != 1 or not value.is_floating_point():
-                raise ValueError(
-                    f"rho must be a number or a floating-point tensor of one element, not one of shape "
-                    f"{tuple(value.shape)} and {value.dtype}"
-                )
-            return
         if not is_finite(value) or not holds(value):
             raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
-    number("rho", lambda v: v >= 0, "a finite number of at least 0")
+    _check_rho(group["rho"])
+    number("reuse", lambda v: v >= 0, "a finite number of at least 0 (0: nothing is reused)")
     number("sigma", lambda v: True, "a finite number (0 is SAM, 1 is the paper's choice)")
     number("lmbda", lambda v: 0 <= v < 1, "a number in [0, 1)")
     number("perturb_eps", lambda v: v >= 0, "a finite number of at least 0")
-    for name in ("adaptive", "master_weights", "stochastic_rounding"):
+    for name in ("adaptive", "master_weights", "stochastic_rounding", "perturb"):
         if not is_switch(group[name]):
             raise ValueError(f"{name} must be True or False, not {group[name]!r}")
     if group["ema"] not in ("previous", "updated"):
@@ -99,6 +94,16 @@ def check_options(group: dict[str, Any]) -> None:
         raise ValueError(
             "ema_dtype must be torch.float32, torch.bfloat16 or torch.int8, or None for the dtype of the arithmetic, "
             f"not {group['ema_dtype']!r}"
+        )
+    if group["reuse_dtype"] not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(
+            "reuse_dtype must be torch.float32 or torch.bfloat16, or None for the dtype of the arithmetic, not "
+            f"{group['reuse_dtype']!r}"
+        )
+    if group["reuse_dtype"] is not None and group["reuse"] == 0:
+        raise ValueError(
+            f"reuse_dtype={group['reuse_dtype']} is of what reuse keeps, and reuse is {group['reuse']!r}; give a "
+            "reuse, such as 0.3, or leave reuse_dtype out"
         )
     for dtype, most in ((torch.bfloat16, 0.99), (torch.int8, 0.999)):
         if group["ema_dtype"] == dtype and group["lmbda"] > most:
@@ -123,6 +128,45 @@ def check_options(group: dict[str, Any]) -> None:
     if group["master_weights"] and group["stochastic_rounding"]:
         raise ValueError(
             "master_weights and stochastic_rounding are two answers to the same rounding; choose one of them"
+        )
+
+
+def _check_rho(rho: Any) -> None:
+    if callable(rho) or is_radius(rho):
+        return
+    if isinstance(rho, Tensor):
+        raise ValueError(
+            f"rho must be a number or a floating-point tensor of one element, not one of shape {tuple(rho.shape)} and "
+            f"{rho.dtype}"
+        )
+    raise ValueError(f"rho must be a finite number of at least 0, or a function of the step's number, not {rho!r}")
+
+
+def check_together(optimizer: Any) -> None:
+    """Raises ValueError for options of an optimizer and of all its groups that do not go with each other."""
+    groups = optimizer.param_groups
+    if not any(group["perturb"] for group in groups):
+        raise ValueError(
+            "perturb is False in all groups, so nothing would be perturbed; leave it out of one of them, or use the "
+            "base optimizer alone"
+        )
+    if optimizer.capturable and any(callable(group["rho"]) for group in groups):
+        raise ValueError(
+            "rho is a function of the step's number, which a CUDA graph would not call again; with capturable=True "
+            "give a tensor on the device and write into it"
+        )
+    reuse = next((group["reuse"] for group in groups if uses_reuse(group)), None)
+    if reuse is None:
+        return
+    if optimizer.schedule.every == 1:
+        raise ValueError(
+            f"reuse={reuse!r} is for the steps between two ascents, and with every=1 there are none; give every, such "
+            "as 5"
+        )
+    if not optimizer.ascent_sync:
+        raise ValueError(
+            f"reuse={reuse!r} with ascent_sync=False would add another direction on each rank, whose weights would "
+            "drift apart; leave one of them out"
         )
 
 
@@ -164,7 +208,6 @@ class Watched:
     """
 
     # lr and rho change in every step of a schedule: they are looked at by themselves.
-    _OFTEN = ("lr", "rho")
     _NAMES = (
         *(name for name in NAMES if name != "rho"),
         *("weight_decay", "momentum", "dampening", "eps", "betas", "nesterov", "maximize"),
@@ -178,7 +221,10 @@ class Watched:
         """Raises TypeError or ValueError for an option that cannot be used."""
         now = [tuple(map(group.get, self._NAMES)) for group in groups]
         try:
-            known = now == self._known and all(_is_length(group.get(n, 0)) for group in groups for n in self._OFTEN)
+            known = now == self._known and all(
+                _is_length(group.get("lr", 0)) and (callable(group["rho"]) or is_radius(group["rho"]))
+                for group in groups
+            )
         except RuntimeError:  # tensors of several elements, which cannot be compared
             known = False
         if known:

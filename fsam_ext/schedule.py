@@ -50,6 +50,11 @@ class Schedule:
         first = self.start if isinstance(self.start, Integral) else 0
         return started and not _reached(self.end, step, otherwise=False) and (step - first) % self.every == 0
 
+    def reuses(self, step: int) -> bool:
+        """Whether step number ``step`` lies between two ascents."""
+        started = _reached(self.start, step, otherwise=True)
+        return started and not _reached(self.end, step, otherwise=False) and not self.ascends(step)
+
     def describe(self, step: int) -> str:
         """The schedule and the step, for messages."""
         options = [f"every={self.every}"] + [

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from .keys import EMA, FORMAT, FORMER_NAMES, LAYOUT, NAMES, OWN_STATE, STEP, our_group, their_group
+from .keys import EMA, FORMAT, FORMER_NAMES, LAYOUT, NAMES, OWN_STATE, REUSE_SQ, STEP, our_group, their_group
 
 # 0: before groups had this number; dtypes among the options. 1: the number, and dtypes of ours as words. 2: state of
 # ours has names that no base has.
@@ -44,7 +45,9 @@ def check_form(state_dict: Any) -> None:
     if not is_optimizer_state(state_dict):
         raise ValueError(f"an optimizer's state_dict has 'state' and 'param_groups'; {_what_is_wrong(state_dict)}")
     for group in state_dict["param_groups"]:
-        number, step = group.get(FORMAT, 0), group.get(STEP, 0)
+        number, step, reuse_sq = group.get(FORMAT, 0), group.get(STEP, 0), group.get(REUSE_SQ, 0.0)
+        if not isinstance(reuse_sq, (int, float)) or not reuse_sq >= 0:
+            raise ValueError(f"{REUSE_SQ} of a checkpoint's groups is a number of at least 0, not {reuse_sq!r}")
         if type(number) is not int or type(step) is not int or step < 0:
             raise ValueError(
                 f"{FORMAT} and {STEP} of a checkpoint's groups are whole numbers, not {number!r} and {step!r}"
@@ -148,6 +151,7 @@ def translate(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) ->
         {
             **{name: value for name, value in mine.items() if name not in ("params", "param_names")},
             **{name: value for name, value in saved.items() if name not in (*LAYOUT, FORMAT)},
+            **({"rho": mine["rho"]} if callable(mine["rho"]) else {}),  # a function is code, which no checkpoint has
         }
         for mine, saved in zip(param_groups, groups_in_our_names(state_dict))
     ]
@@ -155,7 +159,17 @@ def translate(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) ->
 
 
 def in_words(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state_dict with words for dtypes among our options: torch.distributed.checkpoint takes dtypes for no option."""
-    for group in state_dict["param_groups"]:
+    """A state_dict with words for dtypes among our options: torch.distributed.checkpoint takes dtypes for no option.
+
+    A rho that is a function is left out, and the norm of what is reused is a number: reading it waits for the device.
+    """
+    groups = state_dict["param_groups"]
+    if any(group.get("reuse") and group.get("perturb") for group in groups):
+        groups[0].setdefault(REUSE_SQ, 0.0)  # what loads in place needs to have what it loads
+    for group in groups:
         group.update({name: str(group[name]) for name in NAMES if isinstance(group.get(name), torch.dtype)})
+        if callable(group.get("rho")):
+            del group["rho"]
+        if isinstance(group.get(REUSE_SQ), Tensor) and not isinstance(group[REUSE_SQ], FakeTensor):
+            group[REUSE_SQ] = float(group[REUSE_SQ])
     return state_dict

@@ -134,6 +134,8 @@ def converted(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> di
     own = {name: entry[name] for name in keys.OWN_STATE if entry.get(name) is not None}
     if not keys.has_masters(group, param.dtype):
         own.pop(MASTER, None)
+    if not keys.uses_reuse(group):
+        own.pop(keys.REUSE, None)
     ema, scale = own.get(EMA), own.pop(EMA_SCALE, None)
     if ema is None:
         return own
@@ -151,8 +153,9 @@ def converted(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> di
 def adopt(entry: dict[str, Any], new: dict[str, Any], group: dict[str, Any]) -> None:
     """Puts state into one parameter's entry, in one go; what its group keeps in another form goes."""
     entry.update(new)
-    if MASTER not in new:
-        entry.pop(MASTER, None)
+    for name in (MASTER, keys.REUSE):
+        if name not in new:
+            entry.pop(name, None)
     if EMA_SCALE not in new and keys.uses_ema(group):
         entry.pop(EMA_SCALE, None)
 

@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .. import _library
 from ..backends.ops import QUANTIZED, compute_dtype
-from .keys import EMA, EMA_SCALE, MASTER
+from .keys import EMA, EMA_SCALE, MASTER, REUSE
 from .ownership import owning_part
 from .quantization import count_blocks
 from .shards import Sharding, address, like, local
@@ -32,6 +32,7 @@ FILL = {
     EMA: float("nan"),
     EMA_SCALE: float("nan"),
     MASTER: 0.0,
+    REUSE: 0.0,
     "momentum_buffer": float("nan"),
     "exp_avg": 0.0,
     "exp_avg_sq": 0.0,
@@ -71,6 +72,8 @@ class Kind(NamedTuple):
         ema_dtype: what stores the average: float32 (float64 for float64), bfloat16 or int8.
         masters: keep float32 master weights, of which the parameters are the rounded copies.
         sharding: of sharded parameters, of which the buffers hold this rank's shards.
+        perturbed: take part in ascents.
+        reuse_dtype: what stores the reused part of gradients; None where nothing is reused.
         in_order: slices follow each other as all parameters of the groups do: NOTE [which bits an element draws].
     """
 
@@ -78,6 +81,8 @@ class Kind(NamedTuple):
     device: torch.device
     ema_dtype: torch.dtype
     masters: bool
+    perturbed: bool = True
+    reuse_dtype: torch.dtype | None = None
     sharding: Sharding | None = None
     in_order: bool = False
 
@@ -194,7 +199,12 @@ class FlatState:
         buffer = self.find(name)
         if buffer is not None and buffer.numel() >= size:
             return buffer
-        dtypes = {"step": torch.float32, "backup": self.kind.dtype, EMA: self.kind.ema_dtype}
+        dtypes = {
+            "step": torch.float32,
+            "backup": self.kind.dtype,
+            EMA: self.kind.ema_dtype,
+            REUSE: self.kind.reuse_dtype,
+        }
         dtype = dtypes.get(name, self.state_dtype)
         return filled_flat(size, dtype, self.device, _fill_of(name, dtype))
 

@@ -104,15 +104,15 @@ def check_disjoint(params: Sequence[Tensor], describe: Describe) -> None:
 def check_kept(group: dict[str, Any], fused: bool, describe: Describe) -> None:
     """Raises for options that do not go with the dtypes of a group's parameters, or with a base that is not fused."""
     params = [param for param in group["params"] if param.requires_grad and not is_uninitialized(param)]
-    for name in ("master_weights", "stochastic_rounding"):
+    for name in ("reuse", "master_weights", "stochastic_rounding"):
         if not group[name]:
             continue
         if not fused:
             raise ValueError(
                 f"{name} needs SGD, Adam or AdamW (without amsgrad) as the base optimizer, which this is not; set it "
-                "to False"
+                f"to {0 if name == 'reuse' else False}"
             )
-        if params and not any(param.dtype in LOW_PRECISION for param in params):
+        if name != "reuse" and params and not any(param.dtype in LOW_PRECISION for param in params):
             raise TypeError(
                 f"{name} is for bfloat16 and float16 parameters, but {describe(params[0])} and all others of its group "
                 f"are {params[0].dtype}; leave the option out, or set it for the groups that need it"
@@ -125,7 +125,11 @@ def check_kept(group: dict[str, Any], fused: bool, describe: Describe) -> None:
             )
         if param.dtype != torch.float64:
             continue
-        for name, allowed in (("ema_dtype", (None, torch.float64)), ("forward_dtype", (None,))):
+        for name, allowed in (
+            ("ema_dtype", (None, torch.float64)),
+            ("reuse_dtype", (None,)),
+            ("forward_dtype", (None,)),
+        ):
             if group[name] not in allowed:
                 raise TypeError(
                     f"{describe(param)} is float64, which {name}={group[name]} does not go with; leave it out"

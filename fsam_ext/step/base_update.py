@@ -61,11 +61,12 @@ class FusedBase(ABC):
         rounding: Tensor | None,
         adopts: bool,
         journal: Journal,
+        reused: Sequence[Any] | None = None,
     ) -> list[Callable[[], None]]:
         """What restores a segment from ``saved`` (where there is one) and updates it, unless ``guards`` say otherwise.
 
         ``adopts``: the weights are not perturbed, and what others wrote into those with masters counts. The last op
-        writes the weights, and each counts in the journal.
+        writes the weights, and each counts in the journal. ``reused``: what is added to the gradient: reuse.py.
         """
 
 
@@ -86,6 +87,7 @@ class FusedSGD(FusedBase):
         rounding: Tensor | None,
         adopts: bool,
         journal: Journal,
+        reused: Sequence[Any] | None = None,
     ) -> list[Callable[[], None]]:
         """:func:`fsam_ext.backends.ops.restore_sgd`."""
         update = partial(
@@ -106,6 +108,7 @@ class FusedSGD(FusedBase):
             rounding,
             adopts,
             journal.cell,
+            *(reused or ()),
         )
         return [update]
 
@@ -131,6 +134,7 @@ class FusedAdam(FusedBase):
         rounding: Tensor | None,
         adopts: bool,
         journal: Journal,
+        reused: Sequence[Any] | None = None,
     ) -> list[Callable[[], None]]:
         """:func:`fsam_ext.backends.ops.count_steps` and :func:`fsam_ext.backends.ops.restore_adam`."""
         lr, lr_tensor = number_or_tensor(group["lr"], segment.flat.device)
@@ -172,8 +176,8 @@ class FusedAdam(FusedBase):
             rounding,
             adopts,
             journal.cell,
+            *(reused or ()),
         )
-
         return [count, partial(_update_or_uncount, update, segment, guards, journal)]
 
 

@@ -106,13 +106,14 @@ class Layout:
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The options that decide which state a group has and how it is kept."""
         base = self._fused.state_names(group) if self._fused else ()
-        return keys.uses_ema(group), base, *(group[name] for name in keys.LAYOUT)
+        return keys.uses_ema(group), keys.uses_reuse(group), base, *(group[name] for name in keys.LAYOUT)
 
     def kind_of(self, group: dict[str, Any], param: Tensor) -> Kind:
         """What a parameter has in common with those whose flat buffers it shares."""
         dtype, sharding = param.dtype, None if type(param) is Parameter else shards.sharding(param)
         masters, in_order = keys.has_masters(group, dtype), keys.draws(group, dtype)
-        return Kind(dtype, param.device, keys.ema_dtype(group, dtype), masters, sharding, in_order)
+        ema, reuse = keys.ema_dtype(group, dtype), keys.reuse_dtype(group, dtype)
+        return Kind(dtype, param.device, ema, masters, bool(group["perturb"]), reuse, sharding, in_order)
 
     def _by_kind(self, group: dict[str, Any], params: Sequence[Tensor]) -> dict[Kind, list[Tensor]]:
         kinds: dict[Kind, list[Tensor]] = {}
@@ -213,12 +214,14 @@ class Layout:
 
     def _buffers(self, group: dict[str, Any], kind: Kind) -> tuple[str, ...]:
         """The flat buffers that a group's parameters of a kind need."""
-        return (*self._state_names(group, kind), *(() if kind.masters else ("backup",)))
+        has_backup = kind.perturbed and not kind.masters
+        return (*self._state_names(group, kind), *(("backup",) if has_backup else ()))
 
     def _state_names(self, group: dict[str, Any], kind: Kind) -> tuple[str, ...]:
         quantized = kind.ema_dtype == torch.int8
         ema = () if not keys.uses_ema(group) else (keys.EMA, keys.EMA_SCALE) if quantized else (keys.EMA,)
-        return ema + ((keys.MASTER,) if kind.masters else ()) + (self._fused.state_names(group) if self._fused else ())
+        own = ema + ((keys.MASTER,) if kind.masters else ()) + ((keys.REUSE,) if kind.reuse_dtype else ())
+        return own + (self._fused.state_names(group) if self._fused else ())
 
     def _entangled(self, members: list[dict[Kind, list[Tensor]]], state: Any) -> set[Kind]:
         """The kinds whose state moves to new buffers.
@@ -269,9 +272,11 @@ class Layout:
         return segment
 
     def meshes(self, groups: list[dict[str, Any]]) -> dict[Any, torch.device]:
-        """All meshes that parameters lie on, gradients or not: distributed.py, NOTE [who takes part in the norm]."""
+        """All meshes that parameters of ascents lie on: distributed.py, NOTE [who takes part in the norm]."""
         found: dict[Any, torch.device] = {}
         for number, group in enumerate(groups):
+            if not group["perturb"]:
+                continue
             segments = self.segments_of(number)
             params = group["params"]
             if len(segments) == 1 and len(segments[0].params) == len(params):  # then it has them all

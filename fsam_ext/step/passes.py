@@ -22,6 +22,8 @@ from .casts import forget_casts
 from .diagnostics import EffectWatch, effective_norm_and_cosine, total_effect, warn_user
 from .layout import Layout, Participant
 from .norm import Norm, average
+from .reuse import Reuse
+from .rho import rho_of
 from .rounding import Rounding
 from .segments import Guards, Segment
 from .transaction import Stage, Transaction, Update
@@ -47,6 +49,7 @@ class Passes:
         self.backward_count = BackwardCount()
         self.scaler: Scaler | None = None
         self.norm = Norm()
+        self.reuse = Reuse()
         self._rounding = Rounding(seed)
         self._effects: list[Tensor] = []
         self._effect_watch = EffectWatch()
@@ -57,13 +60,16 @@ class Passes:
 
     def ascend(self, groups: list[dict[str, Any]], state: Any, scaler: Scaler | None) -> None:
         """Passes A and B. What raises has perturbed nothing."""
-        participants = self._participants(groups, state)
+        participants = [one for one in self._participants(groups, state) if one.group["perturb"]]
+        radii = {id(group): rho_of(group) for group in groups if group["perturb"]}
         meshes = self.layout.meshes(groups)
         if meshes and not self.ascent_sync:
             raise RuntimeError(
                 "ascent_sync=False needs gradients of this rank alone, which sharded parameters do not have; leave it "
                 "out, or use DistributedDataParallel"
             )
+        if not self.ascent_sync and any(map(keys.uses_reuse, groups)):
+            raise RuntimeError("reuse needs one ascent of all ranks; set ascent_sync to True, or reuse to 0")
         devices = {one.segment.flat.device for one in participants}
         scales = {} if scaler is None else {device: scaler.ascent_scale(device) for device in devices}
         self.norm.measure(participants, meshes, scales, partial(self._call, groups))
@@ -71,7 +77,7 @@ class Passes:
             scaler.count_overflow(self.norm.totals)
         segments = [one.segment for one in participants]
         try:
-            self.transaction.ascend(segments, lambda number: self._perturb(*participants[number], scales))
+            self.transaction.ascend(segments, lambda number: self._perturb(groups, participants[number], radii, scales))
             self._note_ascent(groups, segments, scaler)
         except BaseException:
             self.give_up(groups)
@@ -92,12 +98,13 @@ class Passes:
 
     def _perturb(
         self,
-        group: dict[str, Any],
-        segment: Segment,
-        grads: Sequence[Tensor],
+        groups: list[dict[str, Any]],
+        participant: Participant,
+        radii: dict[int, float | Tensor],
         scales: dict[torch.device, Tensor | None],
     ) -> None:
-        """Pass B on one segment."""
+        """Pass B on one segment; ``radii``: the rho of each group, by its id."""
+        group, segment, grads = participant
         flat = segment.flat
         ops.perturb(
             segment.backend,
@@ -108,7 +115,7 @@ class Passes:
             flat.saved(),
             self.norm.totals[flat.device],
             scales.get(flat.device),
-            *number_or_tensor(group["rho"], flat.device),
+            *number_or_tensor(radii[id(group)], flat.device),
             group["sigma"],
             group["lmbda"],
             group["perturb_eps"],
@@ -118,12 +125,16 @@ class Passes:
             ops.FORWARD[group["forward_dtype"]],
             segment.effect,
             self.transaction.journal.cell,
+            self.reuse.kept(participant, groups),
         )
 
     # ---- The update ------------------------------------------------------------------------------------------------
 
-    def finish(self, groups: list[dict[str, Any]], state: Any, scaling: Scaling) -> None:
-        """Pass C: the restore of what was perturbed, and the base update of what has a gradient now."""
+    def finish(self, groups: list[dict[str, Any]], state: Any, scaling: Scaling, reuses: bool = False) -> None:
+        """Pass C: the restore of what was perturbed, and the base update of what has a gradient now.
+
+        ``reuses``: a step without an ascent lies between two that have one.
+        """
         if self.transaction.stage is Stage.UPDATING:
             return self.transaction.finish()
         self.transaction.check_whole()
@@ -134,24 +145,36 @@ class Passes:
                 for param in participant.segment.params:
                     check_gradient(param, partial(name_of, groups))
         segments = [one.segment for one in participants]
-        in_one_pass = isinstance(self.base, FusedBase) and self.transaction.is_ascent_of(segments)
+        perturbed = [segment for segment in segments if segment.flat.kind.perturbed]
+        in_one_pass = isinstance(self.base, FusedBase) and self.transaction.is_ascent_of(perturbed)
         if not in_one_pass:
             self.restore_weights(groups)
         guards = {one.flat.device: self._guards(one.flat.device, stage, scaling) for one in segments}
-        fed = [
-            partial(self._call, groups, segment, self._feed, group, segment, grads, guards[segment.flat.device])
-            for group, segment, grads in participants
-            if keys.uses_ema(group) and (stage is Stage.CLEAN or group["ema_source"] == "descent")
+        first, settle, settled = [], None, lambda: None
+        if (stage is not Stage.CLEAN or reuses) and any(map(keys.uses_reuse, groups)):
+            ascended = None if stage is Stage.CLEAN else self.transaction.ascended
+            first, settle, settled = self.reuse.plan(
+                *(groups, state, participants, self.layout.meshes(groups), guards, ascended),
+                *(self.transaction.journal.cell, partial(self._call, groups)),
+            )
+        feeding = [
+            one
+            for one in participants
+            if keys.uses_ema(one.group) and (stage is Stage.CLEAN or one.group["ema_source"] == "descent")
+            if not (settle and keys.uses_reuse(one.group))
+        ]
+        first += [
+            partial(self._call, groups, s, self._feed, g, s, grads, guards[s.flat.device]) for g, s, grads in feeding
         ]
         plan = self._plan_fused if isinstance(self.base, FusedBase) else self._plan_generic
-        run, updates, written = plan(groups, state, participants, guards, in_one_pass)
+        run, updates, written = plan(groups, state, participants, guards, in_one_pass, settle)
         start = self.transaction.journal.count()
         self.transaction.update(
             Update(
-                fed + run,
-                [None] * len(fed) + updates,
+                first + run,
+                [None] * len(first) + updates,
                 lambda: self.transaction.journal.count() - start + written(),
-                partial(self._conclude, groups, state, segments, groups[0][keys.STEP] + 1, run != []),
+                partial(self._conclude, groups, state, segments, groups[0][keys.STEP] + 1, run != [], settled),
             )
         )
 
@@ -162,17 +185,22 @@ class Passes:
         participants: list[Participant],
         guards: dict[torch.device, Guards],
         in_one_pass: bool,
+        settle: Callable[[], None] | None,
     ) -> tuple[list[Callable[[], None]], list[Segment | None], Callable[[], int]]:
         """(the ops of an update, the segment that each one updates, how many have written without the journal)."""
         run: list[Callable[[], None]] = []
         updates: list[Segment | None] = []
-        for group, segment, grads in participants:
+        for participant in participants:
+            group, segment, grads = participant
             flat = segment.flat
-            saved = flat.saved() if in_one_pass or flat.masters else None
+            restores = in_one_pass and flat.kind.perturbed
+            saved = flat.saved() if restores or flat.masters else None
             step = group[keys.STEP]
             rounding = self._rounding.on(flat.device, step) if group["stochastic_rounding"] else None
-            adopts, journal = flat.masters and not in_one_pass, self.transaction.journal
-            made = self.base.ops(segment, grads, saved, guards[flat.device], group, rounding, adopts, journal)
+            adopts, journal = flat.masters and not restores, self.transaction.journal
+            reused = self.reuse.reused(participant, groups) if settle else None
+            made = self.base.ops(segment, grads, saved, guards[flat.device], group, rounding, adopts, journal, reused)
+            made = made if settle is None else [partial(_after, settle, op) for op in made]
             run += [partial(self._call, groups, segment, op) for op in made]
             updates += [None] * (len(made) - 1) + [segment]
         return run, updates, lambda: 0
@@ -184,6 +212,7 @@ class Passes:
         participants: list[Participant],
         guards: dict[torch.device, Guards],
         in_one_pass: bool,
+        settle: Callable[[], None] | None,
     ) -> tuple[list[Callable[[], None]], list[Segment | None], Callable[[], int]]:
         """The same for a base that is not fused: its step, on weights that are restored.
 
@@ -207,9 +236,16 @@ class Passes:
         return [partial(self.base.step, applied)], [None], written
 
     def _conclude(
-        self, groups: list[dict[str, Any]], state: Any, segments: list[Segment], number: int, updated: bool
+        self,
+        groups: list[dict[str, Any]],
+        state: Any,
+        segments: list[Segment],
+        number: int,
+        updated: bool,
+        settled: Callable[[], None],
     ) -> None:
         """The step is over: what follows from that, and may be done twice."""
+        settled()
         if updated and isinstance(self.base, GenericBase):  # else it has the groups of an earlier step
             self.base.merge(state, groups)
         for segment in segments:
@@ -283,6 +319,8 @@ class Passes:
             RuntimeError: a parameter was resized while it was perturbed; all others are restored.
         """
         self._rounding.interrupted()
+        if self.transaction.ascended:
+            self.reuse.dropped(self.norm)
         resized = self.transaction.give_up()
         self.backward_count.given_up()
         if self.scaler is not None:
@@ -333,6 +371,12 @@ class Passes:
         """Says what there is to warn of, now that the step is over: a warning may be an error somewhere."""
         while self._warnings:
             warn_user(self._warnings.pop())
+
+
+def _after(settle: Callable[[], None], op: Callable[[], None]) -> None:
+    """Runs an op that needs what ``settle`` makes."""
+    settle()
+    op()
 
 
 def _forward_dtypes(groups: list[dict[str, Any]]) -> str:

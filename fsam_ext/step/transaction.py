@@ -122,6 +122,12 @@ class Transaction:
         """Whether there are weights that differ from what they will be restored to."""
         return bool(self._perturbed())
 
+    @property
+    def ascended(self) -> Sequence[Segment]:
+        """The segments of the ascent that is open, restored or not; none where there is none."""
+        now = self._open
+        return () if now is None or now.ascent is None else now.ascent.segments
+
     def _perturbed(self) -> list[tuple[Segment, torch.Tensor]]:
         """The segments that are perturbed now, those that an update has begun on excepted, and the saved weights."""
         now = self._open

@@ -1,0 +1,201 @@
+"""What the steps between two ascents reuse of the second gradient.
+
+csrc/formulas.h, NOTE [reuse of the second gradient]. An ascending step makes v, whose elements are state; a step
+between two ascents reads it. Of v's norm the first group keeps the square, because a checkpoint has to have it to the
+bit, and whatever makes v useless sets it to 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import ops
+from ..state.keys import REUSE, REUSE_SQ, uses_ema, uses_reuse
+from ..state.shards import local
+from .layout import Participant
+from .norm import Norm, average
+from .segments import Guards, Segment
+from .sums import Sums
+
+Meshes = dict[Any, torch.device]
+Call = Callable[..., None]
+
+
+class Reused(NamedTuple):
+    """What the update of a step between two ascents adds to a gradient, as the ops take it."""
+
+    buffer: Tensor
+    norms_sq: Tensor
+    reuse: float
+    eps: float
+
+
+def members_of(participants: Sequence[Participant]) -> list[Participant]:
+    """Those whose second gradient is reused."""
+    return [one for one in participants if one.segment.flat.kind.reuse_dtype is not None]
+
+
+class Reuse:
+    """The norms and products that reuse needs; they stay on the devices."""
+
+    def __init__(self) -> None:
+        self._products = Sums(2)  # <g2, g1>, <g1, g1>
+        self._totals: dict[torch.device, Tensor] = {}
+        self._kept = Sums(1)  # |v|^2
+        self._grads = Sums(1)  # |g|^2
+        self._statistics = Sums(ops.STATISTICS)
+        self._norms_sq: dict[torch.device, Tensor] = {}  # |g|^2, |v|^2
+        self._stored: Any = None
+
+    def norms_sq(self, device: torch.device, groups: list[dict[str, Any]]) -> Tensor:
+        """[|g|^2, |v|^2], of which the first group has the second."""
+        stored = groups[0].get(REUSE_SQ, 0.0)
+        if device not in self._norms_sq or stored is not self._stored:
+            self._norms_sq.setdefault(device, torch.zeros(2, dtype=torch.float64, device=device))
+            for pair in self._norms_sq.values():
+                pair[1:].copy_(stored) if isinstance(stored, Tensor) else pair[1:].fill_(stored)
+            self._stored = groups[0][REUSE_SQ] = next(iter(self._norms_sq.values()))[1:]
+        return self._norms_sq[device]
+
+    def plan(
+        self,
+        groups: list[dict[str, Any]],
+        state: Any,
+        participants: Sequence[Participant],
+        meshes: Meshes,
+        guards: Mapping[torch.device, Guards],
+        ascended: Sequence[Segment] | None,
+        journal: Tensor,
+        call: Call,
+    ) -> tuple[list[Callable[[], None]], Callable[[], None] | None, Callable[[], None]]:
+        """(ops before an update, what to call between them and it, what to call after it, twice if need be).
+
+        Args:
+            ascended: the segments of the ascent, or None for a step between two; nothing is to be called between then.
+        """
+        if ascended is None:
+            run, settle = self._feed(participants, groups, meshes, guards, journal, call)
+            return run, settle, settle
+        self._measure(participants, ascended, state, meshes, guards, call)
+        run = self._project(participants, guards, journal, call)
+        return run, None, partial(self._made, participants, groups, meshes)
+
+    # ---- An ascending step -----------------------------------------------------------------------------------------
+
+    def kept(self, member: Participant, groups: list[dict[str, Any]]) -> Tensor | None:
+        """Where pass B keeps a segment's first gradient."""
+        flat = member.segment.flat
+        if flat.kind.reuse_dtype is None:
+            return None
+        self.norms_sq(flat.device, groups)
+        return flat.buffer(REUSE)
+
+    def dropped(self, norm: Norm) -> None:
+        """An ascent is given up: where it was finite, the first gradient is in the place of v."""
+        for device, pair in self._norms_sq.items():
+            pair[1:].copy_(torch.where(norm.on(device)[:1].isfinite(), 0.0, pair[1:]))
+
+    def _measure(
+        self,
+        participants: Sequence[Participant],
+        ascended: Sequence[Segment],
+        state: Any,
+        meshes: Meshes,
+        guards: Mapping[torch.device, Guards],
+        call: Call,
+    ) -> None:
+        """The products of both gradients, before anything is written.
+
+        A gradient that a parameter has in one of the two passes only counts as zero in the other.
+        """
+        members = members_of(participants)
+        first = {param: None for one in ascended if one.flat.kind.reuse_dtype is not None for param in one.params}
+        second = {param: None for one in members for param in one.segment.params}
+        for param in first.keys() ^ second.keys():
+            local(state[param][REUSE]).zero_()
+        for (_, segment, grads), row in zip(members, self._products.rows(members), strict=True):
+            scale = guards[segment.flat.device].grad_scale
+            where = (segment.backend, segment.rows, grads, segment.offsets, segment.flat.buffer(REUSE))
+            call(segment, ops.dots, *where, scale, segment.partials, row)
+        self._totals = self._products.total(members, meshes)
+
+    def _project(
+        self,
+        participants: Sequence[Participant],
+        guards: Mapping[torch.device, Guards],
+        journal: Tensor,
+        call: Call,
+    ) -> list[Callable[[], None]]:
+        """The ops that make v of what pass B kept."""
+        members = members_of(participants)
+        made = []
+        for (_, segment, grads), row in zip(members, self._kept.rows(members), strict=True):
+            device = segment.flat.device
+            where = (segment.backend, segment.rows, grads, segment.offsets, segment.flat.buffer(REUSE))
+            rest = (self._totals[device], *guards[device], segment.partials, row, journal)
+            made.append(partial(call, segment, ops.project, *where, *rest))
+        return made
+
+    def _made(self, participants: Sequence[Participant], groups: list[dict[str, Any]], meshes: Meshes) -> None:
+        """After :meth:`project`: |v|^2, over all parameters and ranks; NaN says that v is what it was."""
+        totals = self._kept.total(members_of(participants), meshes)
+        if not totals:
+            return
+        for device in totals:
+            self.norms_sq(device, groups)
+        for device, pair in self._norms_sq.items():
+            total = totals[device] if device in totals else next(iter(totals.values())).to(device)
+            pair[1:].copy_(torch.where(total.isnan(), pair[1:], total))
+
+    # ---- A step between two ascents --------------------------------------------------------------------------------
+
+    def _feed(
+        self,
+        participants: Sequence[Participant],
+        groups: list[dict[str, Any]],
+        meshes: Meshes,
+        guards: Mapping[torch.device, Guards],
+        journal: Tensor,
+        call: Call,
+    ) -> tuple[list[Callable[[], None]], Callable[[], None]]:
+        """(the ops that let averages see the gradients and sum |g|^2, what is to be called before :class:`Reused`).
+
+        Without an average the sum is taken at once.
+        """
+        members = members_of(participants)
+        rows = self._grads.rows(members)
+        alone = len(members) == 1 and not meshes
+        if alone:
+            rows = [self.norms_sq(members[0].segment.flat.device, groups)[:1]]
+        ops_ = []
+        for (group, segment, grads), row, scratch in zip(members, rows, self._statistics.rows(members), strict=True):
+            where, guard = (segment.backend, segment.rows, grads, segment.offsets), guards[segment.flat.device]
+            if uses_ema(group):
+                what = (*average(group, segment), *guard, group["lmbda"], journal, segment.partials, row)
+                ops_.append(partial(call, segment, ops.update_ema, *where, *what))
+            else:
+                what = (None, None, guard.grad_scale, 0.0, 0.0, False, False, segment.partials, scratch)
+                call(segment, ops.noise_norm, *where, *what)
+                row.copy_(scratch[1:2])
+        done = [alone]
+
+        def settle() -> None:
+            if not done[0]:
+                for device, total in self._grads.total(members, meshes).items():
+                    self.norms_sq(device, groups)[:1].copy_(total)
+            done[0] = True
+
+        return ops_, settle
+
+    def reused(self, member: Participant, groups: list[dict[str, Any]]) -> Reused | None:
+        """What a member's update adds to its gradient."""
+        group, segment, _ = member
+        if not uses_reuse(group):
+            return None
+        pair = self.norms_sq(segment.flat.device, groups)
+        return Reused(segment.flat.buffer(REUSE), pair, group["reuse"], group["perturb_eps"])
