@@ -134,6 +134,14 @@ def add_runs(group: Any) -> None:
         help="learning rate of all but tuned (default: 0.05 for sgd, else 0.001)",
     )
     group.add_argument("--weight-decay", type=float, help="likewise (default: 5e-4, adamw 5e-2)")
+    group.add_argument(
+        "--tuned",
+        nargs=2,
+        type=float,
+        default=TUNED_SGD,
+        metavar=("LR", "DECAY"),
+        help="learning rate and weight decay of tuned (default: 0.01 5e-3)",
+    )
 
 
 def add_changes(group: Any) -> None:
@@ -228,7 +236,7 @@ def plan(options: argparse.Namespace, dataset: str) -> list[Run]:
     if "base" in options.method:
         variants.append({"method": "base", "lr": lr, "weight_decay": weight_decay})
     if "tuned" in options.method and options.base == "sgd":
-        variants.append({"method": "tuned", "lr": TUNED_SGD[0], "weight_decay": TUNED_SGD[1]})
+        variants.append({"method": "tuned", "lr": options.tuned[0], "weight_decay": options.tuned[1]})
     variants += [{**variant, "longer": times} for times in options.longer for variant in variants]
     for rho in dict.fromkeys(options.rho):
         shared = {"lr": lr, "weight_decay": weight_decay, "rho": rho, "backend": options.backend}
@@ -333,7 +341,8 @@ def main(argv: list[str] | None = None) -> int:
     picture = options.out / "results.png"
     where = options.device if options.device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
     pictures.draw(finished, picture)
-    print(f"\n{dataset.name}, {options.arch}, {runs[0].epochs} epochs, {options.noise:.0%} wrong labels, torch {torch.__version__}, {where}\n")
+    task = f"{dataset.name}, {options.arch}, {runs[0].epochs} epochs, {pictures.noise_of(finished)}"
+    print(f"\n{task}, torch {torch.__version__}, {where}\n")
     print(report.table(finished))
     print("\n" + "\n".join(f"wrote {path}" for path in [*files, picture, checkpoints]))
     return 0

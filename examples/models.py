@@ -38,10 +38,9 @@ def cnn(pixels: int) -> nn.Module:
 class Architecture(NamedTuple):
     build: Callable[[int], nn.Module]  # called with the number of pixels
     epochs: int
-    eigenvalue_images: int  # how many training images the top eigenvalue is taken over, the first of the subset
 
 
 ARCHITECTURES = {
-    "mlp": Architecture(mlp, epochs=30, eigenvalue_images=10_000),
-    "cnn": Architecture(cnn, epochs=15, eigenvalue_images=2_000),
+    "mlp": Architecture(mlp, epochs=30),
+    "cnn": Architecture(cnn, epochs=15),
 }

@@ -21,7 +21,7 @@ COLOURS = {
     "last": "#a6761d",
     "average": "#17becf",
 }
-MARKERS = {"base": "v", "tuned": "^", "sam": "s", "every": "o", "reuse": "D", "last": "X"}
+MARKERS = {"base": "v", "tuned": "^", "sam": "s", "fsam": "o", "every": "o", "reuse": "D", "last": "X"}
 LINES = ("-", "--", ":", "-.")  # for several rhos, or several of a family
 
 
@@ -37,7 +37,7 @@ def family(run: Run) -> str:
 
 
 def draw(finished: Finished, path: Path) -> None:
-    """Accuracy against passes, learning curves and top eigenvalues side by side; against rho, where there are several."""
+    """Accuracy against passes, learning curves and top eigenvalues side by side; where rhos are several, accuracy too."""
     plt = _pyplot()
     panels = [accuracy_against_passes, _learning_curves, _top_eigenvalues]
     if len({run.rho for run, _ in finished if run.rho is not None}) > 1:
@@ -71,9 +71,12 @@ def draw_side_by_side(regimes: Sequence[Finished], path: Path) -> None:
 def describe(finished: Finished) -> str:
     """The noise and the seeds."""
     seeds = len({run.seed for run, _ in finished})
+    return f"{noise_of(finished)}, " + (f"{seeds} seeds" if seeds > 1 else "one seed")
+
+
+def noise_of(finished: Finished) -> str:
     noise = finished[0][0].noise
-    labels = f"{noise:.0%} of the training labels wrong" if noise else "clean labels"
-    return f"{labels}, " + (f"{seeds} seeds" if seeds > 1 else "one seed")
+    return f"{noise:.0%} wrong labels" if noise else "clean labels"
 
 
 def _pyplot() -> Any:
@@ -94,25 +97,21 @@ def _frame(axes: Any) -> None:
 
 def accuracy_against_passes(axes: Any, finished: Finished, legend: bool = True) -> None:
     """What a unit of compute buys: a line for each way of spending it, from the plain run on."""
-    groups = by_label(finished)
     rhos = sorted({run.rho for run, _ in finished if run.rho is not None})
     lines: dict[tuple[str, float | None], list[Finished]] = {}
-    for runs in groups.values():
+    plain: dict[float | None, Finished] = {}
+    for runs in by_label(finished).values():
         run = runs[0][0]
-        kind = family(run)
-        if kind == "average":  # as many passes as without
-            continue
-        # F-SAM in each step is where the lines of both ways to ascend in fewer begin.
-        for name in ("every", "reuse") if kind == "fsam" else (kind,):
-            lines.setdefault((name, run.rho), []).append(runs)
-    kinds = {kind for kind, _ in lines if any(family(runs[0][0]) == kind for runs in lines[kind, _])}
-    if "fsam" in {family(runs[0][0]) for runs in groups.values()} and not kinds & {"every", "reuse"}:
-        kinds.add("every")
+        if family(run) == "fsam":
+            plain[run.rho] = runs
+        if family(run) != "average":  # as many passes as without
+            lines.setdefault((family(run), run.rho), []).append(runs)
     for (kind, rho), members in lines.items():
-        if kind in kinds:
-            name = _name_of_line(kind, members) + (f", rho {rho:g}" if len(rhos) > 1 and rho is not None else "")
-            style = LINES[rhos.index(rho) % len(LINES)] if rho is not None else "-"
-            _line(axes, kind, style, name, members)
+        if kind in ("every", "reuse") and rho in plain:  # where both begin
+            members = [plain[rho], *members]
+        name = _name_of_line(kind, members) + (f", rho {rho:g}" if len(rhos) > 1 and rho is not None else "")
+        style = LINES[rhos.index(rho) % len(LINES)] if rho is not None else "-"
+        _line(axes, kind, style, name, members)
     axes.set(xlabel="forward-backward passes a step", ylabel="final test accuracy (%)")
     axes.margins(0.1)
     if legend:
@@ -124,8 +123,9 @@ def _name_of_line(kind: str, members: list[Finished]) -> str:
     run = members[0][0][0]
     return {
         "sam": "SAM",
+        "fsam": "F-SAM",
         "every": "F-SAM in every k-th step",
-        "reuse": "the same, with reuse",
+        "reuse": "the same, with reuse between",
         "last": f"F-SAM, {run.change}",
     }.get(kind, without_changes(run).label)
 
@@ -138,6 +138,7 @@ def _line(axes: Any, kind: str, style: str, name: str, members: list[Finished]) 
     passes, accuracy, error, runs = zip(*points, strict=True)
     error = [0.0 if math.isnan(e) else e for e in error]
     look = {"marker": MARKERS[kind], "markersize": 5, "linewidth": 1.3, "capsize": 3}
+    look["zorder"] = 3 if kind == "fsam" else 2  # the point that lines share
     axes.errorbar(passes, accuracy, error, linestyle=style, color=COLOURS[kind], label=name, **look)
     for x, y, run in zip(passes, accuracy, runs, strict=True):
         if run.every != 1:
@@ -145,8 +146,9 @@ def _line(axes: Any, kind: str, style: str, name: str, members: list[Finished]) 
             axes.annotate(
                 f"k={run.every}",
                 (x, y),
-                xytext=(4, -5 if below else 5),
+                xytext=(0, -7 if below else 7),
                 textcoords="offset points",
+                ha="center",
                 va="top" if below else "bottom",
                 fontsize="small",
                 color=COLOURS[kind],
@@ -212,9 +214,7 @@ def _learning_curves(axes: Any, finished: Finished) -> None:
 
 
 def _top_eigenvalues(axes: Any, finished: Finished) -> None:
-    """On a log axis where all are positive: they span two decades."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
+    """On a log axis where all are positive and far apart: they can span two decades."""
     groups = by_label(finished)
     values = {label: [result.top_eigenvalue for _, result in r] for label, r in groups.items()}
     for row, label in enumerate(groups):
@@ -234,12 +234,22 @@ def _top_eigenvalues(axes: Any, finished: Finished) -> None:
             color=colour,
         )
     axes.margins(x=0.12)
-    if all(v > 0 for group in values.values() for v in group):
+    every = [v for group in values.values() for v in group if math.isfinite(v)]
+    if every and 0 < 4 * min(every) < max(every):
         axes.set_xscale("log")
-        # 1, 2 and 5 of each decade are labelled; labels at every minor tick would run into each other.
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.set_xticks(_log_ticks(*axes.get_xlim()), minor=False)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
     axes.set_yticks(range(len(groups)), list(groups))
     axes.set_ylim(len(groups) - 0.5, -0.7)
     axes.set(title="Sharpness", xlabel="top eigenvalue of the training loss's Hessian")
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between the ends of a log axis, six at most: labels of more run into each other."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(ticks) <= 6:
+            break
+    return ticks[:: math.ceil(len(ticks) / 6)]

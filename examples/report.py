@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,18 +71,17 @@ def without_changes(run: Run) -> Run:
 
 def table(finished: Finished) -> str:
     """The results as text; figures are means over seeds, with their standard errors."""
-    heads = ("", "test accuracy %", "training loss", "top eigenvalue", "passes a step", "seconds")
+    heads = ("", "passes a step", "test accuracy %", "training loss", "top eigenvalue", "seconds")
     columns: list[tuple[str, Callable[[Result], float]]] = [
         (".2f", lambda result: 100 * result.test_accuracy),
         (".3f", lambda result: result.train_loss),
         (".2f", lambda result: result.top_eigenvalue),
-        (".2f", lambda result: result.passes),
         (".1f", lambda result: result.seconds),
     ]
     rows = [heads]
     for label, runs in by_label(finished).items():
         cells = (Estimate.of(value(r) for _, r in runs).text(form) for form, value in columns)
-        rows.append((label, *cells))
+        rows.append((label, passes(runs), *cells))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
@@ -90,11 +89,16 @@ def table(finished: Finished) -> str:
     seeds = len({run.seed for run, _ in finished})
     differences = paired_differences(finished)
     if differences:
-        lines.append("")
-    for names, values in differences.items():
-        lines.append(f"{names}, paired by seed: {Estimate.of(values).text('+.2f')} points")
+        lines += ["", "differences of accuracy in points, paired by seed:"]
+    width = max(map(len, differences), default=0)
+    lines += [f"  {names:{width}}  {Estimate.of(values).text('+.2f')}" for names, values in differences.items()]
     lines += ["", f"{seeds} seeds; mean ± standard error" if seeds > 1 else ONE_SEED]
     return "\n".join(lines)
+
+
+def passes(runs: Finished) -> str:
+    """Passes a step, the same for every seed."""
+    return f"{statistics.fmean(result.passes for _, result in runs):.2f}"
 
 
 ONE_SEED = "1 seed, so no standard errors: --seeds 5 gives them"

@@ -19,7 +19,7 @@ from training import TRAIN_SIZE, Run, Trainer
 
 SEED = 100
 LEARNING_RATES = (0.01, 0.05)
-WEIGHT_DECAYS = (5e-4, 5e-3)
+WEIGHT_DECAYS = (5e-4, 5e-3, 2e-2)
 RHOS = (0.1, 0.2)
 
 

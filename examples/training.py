@@ -26,6 +26,7 @@ BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.
 AVERAGES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 METHODS = ("base", "tuned", "sam", "fsam")
 TRAIN_SIZE = 10_000
+EIGENVALUE_SIZE = 2_000  # of them, for the Hessian: with all of them it would take longer than the training
 BATCH_SIZE = 128
 MOMENTUM = 0.9
 
@@ -86,7 +87,7 @@ class Result:
     test_accuracy: float  # after the last epoch
     curve: list[float]  # test accuracy after each epoch
     train_loss: float  # clean loss, mean over the last epoch's steps, on the noisy labels
-    top_eigenvalue: float  # of the Hessian of the training loss, all examples, noisy labels
+    top_eigenvalue: float  # of the Hessian of the training loss, of EIGENVALUE_SIZE examples with their noisy labels
     passes: float  # forward-backward passes for each step of a run that is not longer: the cost that needs no clock
     seconds: float  # training only: no evaluation, no eigenvalue, no checkpoint
 
@@ -278,8 +279,7 @@ class Trainer:
 
     def _top_eigenvalue(self, after_iteration: Callable[[], None]) -> float:
         self.model.eval()  # one loss for all images, not one for each batch's statistics
-        few = ARCHITECTURES[self.run.arch].eigenvalue_images
-        images, labels = self.train.images[:few], self.train.labels[:few]
+        images, labels = self.train.images[:EIGENVALUE_SIZE], self.train.labels[:EIGENVALUE_SIZE]
         return top_hessian_eigenvalue(
             lambda: cross_entropy(self.model(images), labels),
             list(self.model.parameters()),

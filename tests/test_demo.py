@@ -1,4 +1,4 @@
-"""The demo on tiny settings and bundled data: verified data, honest noise, exact resume, its files.
+"""The demo on tiny settings and bundled data: verified data, honest noise, exact resume, its rows and files.
 
 No test here touches the network, and none reads the folder where a user keeps Fashion-MNIST.
 """
@@ -169,6 +169,18 @@ def test_label_noise_is_symmetric_exact_and_reproducible():
     assert data.noisy_subset(clean, 100, 0.0, seed=3).labels.shape == (100,)
 
 
+def test_held_out_examples_are_not_trained_on_and_have_true_labels():
+    import data
+
+    count = 1000
+    clean = data.Split(torch.arange(count).float()[:, None], torch.arange(count) % data.CLASSES)
+    trained, held_out = data.noisy_subset(clean, 400, 0.4, seed=7), data.held_out(clean, 400, seed=7)
+    assert held_out.labels.equal(held_out.images[:, 0].long() % data.CLASSES)
+    assert len({*trained.images[:, 0].tolist(), *held_out.images[:, 0].tolist()}) == 800
+    with pytest.raises(data.Unavailable, match="too few of 1000"):
+        data.held_out(clean, 501, seed=7)
+
+
 # ---- sharpness --------------------------------------------------------------------------------
 
 
@@ -268,10 +280,10 @@ def test_sigint_then_resume_gives_the_bits_of_an_undisturbed_run(tmp_path):
     assert_same_bits(load(checkpoint), load(whole / "checkpoints" / name))
 
 
-@pytest.mark.parametrize("method", ["base", "sam", "fsam"])
+@pytest.mark.parametrize(("method", "arch"), [("base", "mlp"), ("sam", "mlp"), ("fsam", "mlp"), ("fsam", "cnn")])
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 @pytest.mark.parametrize("at", ["first pass", "second pass", "last step of an epoch"])
-def test_interrupt_inside_a_step_resumes_bit_for_bit(method, base, at, tmp_path, monkeypatch):
+def test_interrupt_inside_a_step_resumes_bit_for_bit(method, arch, base, at, tmp_path, monkeypatch):
     """The signal comes from inside the forward of a chosen pass: the worst moment, every time."""
     import data
     import training
@@ -279,7 +291,7 @@ def test_interrupt_inside_a_step_resumes_bit_for_bit(method, base, at, tmp_path,
     monkeypatch.setattr(training, "TRAIN_SIZE", 300)
     rho = None if method == "base" else 0.1
     fsam = {"sigma": 1.0, "lmbda": 0.9} if method == "fsam" else {}
-    run = training.Run("digits", method, 0, base, 0.01, 5e-4, 3, 0.4, rho, **fsam)
+    run = training.Run("digits", method, 0, base, 0.01, 5e-4, 3, 0.4, rho, arch=arch, **fsam)
     digits = data.load("digits")
 
     def fit(trainer: training.Trainer, path: Path) -> training.Result:
@@ -372,11 +384,13 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 
 def test_table_csv_and_picture_of_a_tiny_run(tmp_path, capsys):
     import fashion_mnist
+    import report
 
     options = ["--dataset", "digits", "--out", str(tmp_path)]
-    assert fashion_mnist.main([*options, "--epochs", "2", "--seeds", "2", "--rho", "0.05"]) == 0
+    few = ["--every", "--reuse", "--longer"]
+    assert fashion_mnist.main([*options, *few, "--epochs", "2", "--seeds", "2", "--rho", "0.05"]) == 0
     said = capsys.readouterr().out
-    for text in ("SGD tuned", "F-SAM rho 0.05", "F-SAM rho 0.05 - SAM rho 0.05, paired by seed", "±"):
+    for text in ("SGD tuned", "F-SAM rho 0.05", "F-SAM rho 0.05 - SAM rho 0.05", "paired by seed", "±"):
         assert text in said
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -393,6 +407,10 @@ def test_table_csv_and_picture_of_a_tiny_run(tmp_path, capsys):
     table = said[said.index("-----") :]
     line = next(line for line in table.splitlines() if line.startswith("SGD  "))
     assert f"{mean:.2f} ±" in line
+    read = report.read_csv(tmp_path)
+    assert [str(run.rho or "") for run, _ in read] == [row["rho"] for row in rows]
+    assert [result.curve[-1] for _, result in read] == [float(row["test_accuracy"]) for row in rows]
+    assert report.table(read) in said
     picture = tmp_path / "results.png"
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
     assert str(picture) in said
@@ -404,34 +422,111 @@ def test_table_csv_and_picture_of_a_tiny_run(tmp_path, capsys):
     assert grown[: len(rows)] == rows and len(grown) == 12
 
 
-def test_paired_differences_and_standard_errors():
-    import report
+def finished(method: str, accuracies: list[float], passes: float = 2.0, top: float = 2.0, **settings) -> list:
+    """Made-up results, one for each seed."""
     from training import Result, Run
 
-    def finished(method: str, rho: float, accuracies: list[float]) -> report.Finished:
-        return [
-            (
-                Run("digits", method, seed, "sgd", 0.05, 5e-4, 1, 0.4, rho),
-                Result(accuracy, [accuracy], 1.0, 2.0, 2.0, 3.0),
-            )
-            for seed, accuracy in enumerate(accuracies)
-        ]
+    shared = {"dataset": "digits", "base": "sgd", "lr": 0.05, "weight_decay": 5e-4, "epochs": 1, "noise": 0.4}
+    return [
+        (Run(method=method, seed=seed, **shared | settings), Result(value, [value], 1.0, top, passes, 3.0))
+        for seed, value in enumerate(accuracies)
+    ]
 
-    runs = finished("sam", 0.2, [0.5, 0.6, 0.7]) + finished("fsam", 0.2, [0.51, 0.62, 0.73])
-    differences = report.paired_differences(runs + finished("fsam", 0.4, [0.9]))
+
+def test_paired_differences_and_standard_errors():
+    import report
+
+    runs = finished("sam", [0.5, 0.6, 0.7], rho=0.2) + finished("fsam", [0.51, 0.62, 0.73], rho=0.2)
+    differences = report.paired_differences(runs + finished("fsam", [0.9], rho=0.4))
     (names,) = differences  # rho 0.4 has no SAM to be compared with
     assert names == "F-SAM rho 0.2 - SAM rho 0.2"
     assert differences[names] == pytest.approx([1, 2, 3])
     estimate = report.Estimate.of(differences[names])
     assert estimate == pytest.approx((2.0, 1 / 3**0.5))  # stdev 1, three seeds
-    assert "+2.00 ± 0.58 points" in report.table(runs)
+    assert "F-SAM rho 0.2 - SAM rho 0.2  +2.00 ± 0.58" in report.table(runs)
+
+
+def test_reuse_is_compared_with_all_ascents_and_with_none_reused():
+    import report
+
+    runs = finished("fsam", [0.6], rho=0.2)
+    runs += finished("fsam", [0.5], 1.2, rho=0.2, every=5) + finished("fsam", [0.59], 1.2, rho=0.2, every=5, reuse=0.3)
+    differences = report.paired_differences(runs)
+    assert differences == {
+        "F-SAM rho 0.2, every 5 - F-SAM rho 0.2": pytest.approx([-10]),
+        "F-SAM rho 0.2, every 5, reuse 0.3 - F-SAM rho 0.2": pytest.approx([-1]),
+        "F-SAM rho 0.2, every 5, reuse 0.3 - F-SAM rho 0.2, every 5": pytest.approx([9]),
+    }
+
+
+def test_the_rows_of_make_demo(tmp_path, capsys):
+    import fashion_mnist
+
+    options = ["--dataset", "digits", "--backend", "reference", "--rho", "0.05", "--epochs", "2"]
+    assert fashion_mnist.main([*options, "--out", str(tmp_path)]) == 0
+    with (tmp_path / "results.csv").open() as file:
+        rows = {row["label"].replace(" rho 0.05", ""): row for row in csv.DictReader(file)}
+    # A step has two passes where it ascends and else one. The digits make 11 steps an epoch.
+    ascents = {
+        "SGD": 0,
+        "SGD tuned": 0,
+        "SGD, 2 x epochs": 22,
+        "SGD tuned, 2 x epochs": 22,
+        "SAM": 22,
+        "F-SAM": 22,
+        "F-SAM, every 2": 11,
+        "F-SAM, every 5": 5,
+        "F-SAM, every 2, reuse 0.4": 11,
+        "F-SAM, every 5, reuse 0.3": 5,
+        "F-SAM, every 10, reuse 0.3": 3,
+    }
+    passes = {label: float(row["passes"]) for label, row in rows.items()}
+    assert passes == pytest.approx({label: 1 + n / 22 for label, n in ascents.items()})
+    assert list(rows) == list(ascents)
+    assert len({row["train_loss"] for row in rows.values()}) == len(rows)  # each one trained in its own way
+    with (tmp_path / "curves.csv").open() as file:
+        epochs = [row["label"] for row in csv.DictReader(file)]
+    assert epochs.count("SGD, 2 x epochs") == 4 and epochs.count("SGD") == 2
+
+
+def test_the_convolutional_net_sees_each_batch_once_in_its_statistics(tmp_path):
+    import fashion_mnist
+
+    options = ["--dataset", "digits", "--arch", "cnn", "--method", "base", "sam", "fsam", "--noise", "0.2"]
+    few = ["--every", "--longer", "--reuse", "5:0.3", "--backend", "reference", "--epochs", "1"]
+    assert fashion_mnist.main([*options, *few, "--out", str(tmp_path)]) == 0
+    names = ("base", "sam-rho0.2", "fsam-rho0.2", "fsam-rho0.2-every-5-reuse-0.3")
+    for name in names:
+        state = load(tmp_path / "checkpoints" / f"{name}-seed0.pt")
+        batches = [value for key, value in state["model"].items() if key.endswith("num_batches_tracked")]
+        assert len(batches) == 3 and set(map(int, batches)) == {11}, name  # of passes there are up to 22
+        assert state["run"]["arch"] == "cnn" and state["run"]["noise"] == 0.2
+
+
+def test_a_checkpoint_of_the_time_before_there_were_nets_to_choose_resumes(tmp_path):
+    import data
+    import training
+
+    run = training.Run("digits", "base", 0, "sgd", 0.05, 5e-4, 3, 0.4)
+    digits = data.load("digits")
+    path = tmp_path / "run.pt"
+    trainer = training.Trainer(run, digits)
+    trainer.train_step()
+    trainer.save(path)
+    state = load(path)
+    for name in ("arch", "longer", "reuse"):
+        del state["run"][name]
+    torch.save(state, path)
+    resumed = training.Trainer(run, digits)
+    resumed.load(path)
+    assert resumed.step == 1
 
 
 def test_schedules_and_averages_are_runs_of_their_own(tmp_path, capsys):
     import fashion_mnist
 
     options = ["--dataset", "digits", "--method", "fsam", "--rho", "0.05", "--epochs", "2", "--out", str(tmp_path)]
-    changes = ["--every", "1", "2", "5", "--last", "0.3", "--average", "bfloat16", "int8"]
+    changes = ["--every", "1", "2", "5", "--reuse", "--last", "0.3", "--average", "bfloat16", "int8"]
     assert fashion_mnist.main([*options, *changes]) == 0
     said = capsys.readouterr().out
     with (tmp_path / "results.csv").open() as file:
@@ -444,7 +539,7 @@ def test_schedules_and_averages_are_runs_of_their_own(tmp_path, capsys):
     assert [float(row["passes"]) for row in rows.values()] == [1 + n / steps for n in ascents]
     assert len({row["train_loss"] for row in rows.values()}) == len(names)  # each one trained in its own way
     for name in names[1:]:
-        assert f"F-SAM rho 0.05{name} - F-SAM rho 0.05, paired by seed" in said
+        assert f"F-SAM rho 0.05{name} - F-SAM rho 0.05 " in said
     assert (tmp_path / "checkpoints" / "fsam-rho0.05-last-30%-seed0.pt").exists()
 
 
@@ -459,6 +554,15 @@ def test_schedules_and_averages_are_runs_of_their_own(tmp_path, capsys):
         (["--epochs", "0"], "0 is not a positive whole number"),
         (["--method", "tuned", "--base", "adam"], "tuned is for --base sgd only"),
         (["--resume"], "there is no run in"),
+        (["--arch", "vgg"], "'vgg' (choose from"),
+        (["--noise", "1.5"], "1.5 is not in [0, 1]"),
+        (["--noise", "much"], "much is not a number in [0, 1]"),
+        (["--every", "2.5"], "2.5 is not a positive whole number"),
+        (["--longer", "0"], "0 is not a positive whole number"),
+        (["--reuse", "5"], "5 is not STEPS:SHARE, as in 5:0.3"),
+        (["--reuse", "0:0.3"], "0:0.3 is not STEPS:SHARE"),
+        (["--reuse", "5:-0.3"], "reuse"),
+        (["--reuse", "1:0.3"], "every"),
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(options, sentence, tmp_path, monkeypatch, capsys):
@@ -490,6 +594,116 @@ def test_help_names_every_option(capsys):
         fashion_mnist.main(["--help"])
     assert stopped.value.code == 0
     said = capsys.readouterr().out
-    names = "method rho sigma lmbda every last average base lr weight-decay epochs seeds noise dataset backend device"
+    names = "method rho sigma lmbda every reuse longer last average base lr weight-decay tuned"
+    names += " arch noise epochs dataset seeds backend device"
     for name in [*names.split(), "out", "resume"]:
         assert f"--{name}" in said
+
+
+# ---- pictures, several runs side by side, the search --------------------------------------------
+
+
+def boxes_of_labels(axis) -> list:
+    axis.figure.canvas.draw()
+    labels = [label for label in axis.get_ticklabels(which="both") if label.get_text()]
+    return sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+
+
+@pytest.mark.parametrize("tops", [(1.9, 26.8), (0.7, 240.0), (16.0, 21.0), (1.0, 4.1), (0.01, 3000.0)])
+def test_tick_labels_of_the_eigenvalues_do_not_overlap(tops):
+    import pictures
+
+    plt = pictures._pyplot()
+    runs = [run for top in tops for run in finished("fsam", [0.5], top=top, rho=top)]
+    figure, axes = plt.subplots(figsize=(3, 5))
+    pictures._top_eigenvalues(axes, runs)
+    boxes = boxes_of_labels(axes.xaxis)
+    assert axes.get_xscale() == ("log" if tops[1] > 4 * tops[0] else "linear")
+    assert 2 <= len(boxes) <= 8
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+    plt.close(figure)
+
+
+def test_accuracy_against_passes_shows_every_way_of_spending_them():
+    import pictures
+
+    plt = pictures._pyplot()
+    runs = finished("base", [0.70, 0.72], 1.0) + finished("base", [0.71, 0.73], 2.0, longer=2)
+    runs += finished("fsam", [0.84, 0.86], 2.0, rho=0.2)
+    runs += finished("fsam", [0.80, 0.80], 1.2, rho=0.2, every=5)
+    runs += finished("fsam", [0.83, 0.84], 1.2, rho=0.2, every=5, reuse=0.3)
+    runs += finished("fsam", [0.10, 0.10], 2.0, rho=0.2, average="int8")  # as many passes: not a way of its own
+    figure, axes = plt.subplots()
+    pictures.accuracy_against_passes(axes, runs)
+    lines = {}
+    for container in axes.containers:
+        line, _, (bars,) = container
+        lines[container.get_label()] = line.get_xydata().tolist(), [b[1, 1] - b[0, 1] for b in bars.get_segments()]
+    points = {name: sum(xy, []) for name, (xy, _) in lines.items()}
+    assert points == {
+        "SGD": pytest.approx([1, 71, 2, 72]),
+        "F-SAM": pytest.approx([2, 85]),
+        "F-SAM in every k-th step": pytest.approx([1.2, 80, 2, 85]),
+        "the same, with reuse between": pytest.approx([1.2, 83.5, 2, 85]),
+    }
+    # Two standard errors long: of (83, 84) half a point each way, of (84, 86) one.
+    assert lines["the same, with reuse between"][1] == pytest.approx([1, 2])
+    plt.close(figure)
+
+
+def test_regimes_side_by_side(tmp_path, capsys):
+    import regimes
+    import report
+
+    for name, noise, rho in (("clean", 0.0, 0.1), ("noisy", 0.4, 0.2)):
+        (tmp_path / name).mkdir()
+        runs = finished("base", [0.5, 0.7], 1.0, noise=noise) + finished("fsam", [0.6, 0.9], rho=rho, noise=noise)
+        if noise:
+            runs += finished("fsam", [0.6, 0.8], 1.2, rho=rho, noise=noise, every=5, reuse=0.3)
+        report.write_csv(runs, tmp_path / name)
+    picture = tmp_path / "passes.svg"
+    assert regimes.main([str(tmp_path / "clean"), str(tmp_path / "noisy"), "--picture", str(picture)]) == 0
+    accuracy, difference, eigenvalue, _ = capsys.readouterr().out.split("\n\n")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in accuracy.splitlines()]
+    assert cells[0] == [
+        "test accuracy %",
+        "passes a step",
+        "clean labels, 2 seeds, rho 0.1",
+        "40% wrong labels, 2 seeds, rho 0.2",
+    ]
+    assert cells[2:] == [
+        ["SGD", "1.00", "60.00 ± 10.00", "60.00 ± 10.00"],
+        ["F-SAM", "2.00", "75.00 ± 15.00", "75.00 ± 15.00"],
+        ["F-SAM, every 5, reuse 0.3", "1.20", "", "70.00 ± 10.00"],
+    ]
+    assert "-15.00 ± 5.00" in difference and "-5.00 ± 5.00" in difference
+    assert "2.00 ± 0.00" in eigenvalue
+    assert "40% wrong labels" in picture.read_text()
+    with pytest.raises(SystemExit):
+        regimes.main([str(tmp_path)])
+    assert f"{tmp_path} is no folder of a run of the demo" in capsys.readouterr().err
+
+
+def test_the_search_asks_every_method_the_same(monkeypatch, capsys):
+    import search
+    import training
+
+    runs = search.runs("digits", "mlp", 0.4, 1, ["base", "sam", "fsam"])
+    asked = {}
+    for run in runs:
+        asked.setdefault((run.method, run.rho), []).append((run.lr, run.weight_decay))
+    assert len({tuple(pairs) for pairs in asked.values()}) == 1
+    assert {rho for method, rho in asked if method == "sam"} == {rho for method, rho in asked if method == "fsam"}
+
+    for module in (search, training):
+        monkeypatch.setattr(module, "TRAIN_SIZE", 300)
+    assert search.main(["--dataset", "digits", "--arch", "cnn", "--method", "base", "--epochs", "1"]) == 0
+    *rows, best = capsys.readouterr().out.splitlines()[1:]
+    accuracies = [float(row.split()[-1]) for row in rows]
+    assert len(rows) == len(search.LEARNING_RATES) * len(search.WEIGHT_DECAYS)
+    assert best.startswith("best for base: lr ") and best.endswith(f"({max(accuracies):.2f} %)")
+
+    monkeypatch.setattr(search, "TRAIN_SIZE", 1000)
+    with pytest.raises(SystemExit):
+        search.main(["--dataset", "digits"])
+    assert "1000 examples to train on leave too few" in capsys.readouterr().err
