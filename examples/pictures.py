@@ -37,7 +37,7 @@ def family(run: Run) -> str:
 
 
 def draw(finished: Finished, path: Path) -> None:
-    """Accuracy against passes, learning curves and top eigenvalues side by side; where rhos are several, accuracy too."""
+    """Accuracy against passes, learning curves and top eigenvalues; where rhos are several, accuracy too."""
     plt = _pyplot()
     panels = [accuracy_against_passes, _learning_curves, _top_eigenvalues]
     if len({run.rho for run, _ in finished if run.rho is not None}) > 1:
