@@ -205,10 +205,10 @@ FSAM_FN double reuse_length(double grad_sq, double reused_sq, double reuse, doub
   return reuse * ::sqrt(grad_sq) / (::sqrt(reused_sq) + eps);
 }
 
-// The gradient of a step between two ascents.
+// The gradient of a step between two ascents; itself where the length is 0, because anything may lie in the place of v.
 template <class V, class S>
 FSAM_FN V with_reused(V g, V reused, S length) {
-  return g + length * reused;
+  return length == 0 ? g : g + length * reused;
 }
 
 // ---- The base updates

@@ -16,6 +16,7 @@
 #include "average.h"
 #include "formulas.h"
 #include "held.h"
+#include "kept.h"
 #include "storage.h"
 #include "tensor_list.h"
 #include "tensor_table.h"
@@ -269,6 +270,33 @@ Average average_of(const OptionalTensor& ema, const OptionalTensor& ema_scale, c
   }
   return {AverageStorage::int8, flat_data<int8_t>(ema, "ema", args),
           data_of<float>(ema_scale, "ema_scale", (args.flat_numel + kQuantized - 1) / kQuantized, args.place)};
+}
+
+// What is kept of gradients, under the name that the op has for it.
+template <class S>
+Kept kept_of(const OptionalTensor& kept, const char* name, const Arguments& args) {
+  if (!kept.has_value()) return {};
+  const int32_t dtype = dtype_of(*kept);
+  if (sizeof(S) == 4 && dtype == dtype_number<bfloat16>()) return {flat_data<bfloat16>(kept, name, args), true};
+  STD_TORCH_CHECK(dtype == dtype_number<S>(), "fsam_ext: ", name,
+                  " must be float32 or bfloat16 (float64 for float64 parameters)");
+  return {flat_data<S>(kept, name, args), false};
+}
+
+// What an update reuses.
+template <class S>
+Reused reused_of(const OptionalTensor& reused, const OptionalTensor& reuse_sq, const Arguments& args) {
+  if (!reused.has_value()) return {};
+  STD_TORCH_CHECK(reuse_sq.has_value(), "fsam_ext: reused needs reuse_sq, the squared norms of the gradient and of it");
+  return {kept_of<S>(reused, "reused", args), data_of<double>(reuse_sq, "reuse_sq", 2, args.place)};
+}
+
+// Where each chunk's sum of squares goes, or null where `grad_sq` is not asked for.
+template <class S>
+S* square_sums(const OptionalTensor& partials, const OptionalTensor& grad_sq, const Arguments& args) {
+  if (!grad_sq.has_value()) return nullptr;
+  STD_TORCH_CHECK(partials.has_value(), "fsam_ext: grad_sq needs partials, an element for each chunk");
+  return data_of<S>(partials, "partials", args.table.chunks, args.place);
 }
 
 // Where the unperturbed weights are: a copy in the dtype of the parameters, or float32 masters of 16-bit parameters.

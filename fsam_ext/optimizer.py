@@ -153,7 +153,7 @@ class FriendlySAM(StatefulOptimizer):
         self._base = base_of(base)
         with_base = base_options.with_base(groups, base.param_groups)
         super().__init__(with_base, options.defaults(base, own, layout))
-        options.check_together(self)
+        options.complete(self)
         self._begin()
 
     @property
@@ -185,7 +185,7 @@ class FriendlySAM(StatefulOptimizer):
                 options.check_group(self.param_groups, len(self.param_groups) - 1, self._base)
                 self.param_groups[-1][STEP] = self.param_groups[0][STEP]
             if "_passes" in self.__dict__:
-                options.check_together(self)
+                options.complete(self)
         except BaseException:
             del self.param_groups[count:]
             raise

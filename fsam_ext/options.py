@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .backends.ops import FORWARD
 from .state.checkpoints import CURRENT_FORMAT
-from .state.keys import FORMAT, LAYOUT, NAMES, OWN_OPTIONS, PREFIX, STEP, our_group, uses_reuse
+from .state.keys import FORMAT, LAYOUT, NAMES, OWN_OPTIONS, PREFIX, REUSE_SQ, STEP, our_group, uses_reuse
 from .state.tensors import check_kept, check_parameter, name_of
 from .step.base_options import takes
 from .step.base_update import FusedBase, GenericBase, is_fused
@@ -142,8 +142,12 @@ def _check_rho(rho: Any) -> None:
     raise ValueError(f"rho must be a finite number of at least 0, or a function of the step's number, not {rho!r}")
 
 
-def check_together(optimizer: Any) -> None:
-    """Raises ValueError for options of an optimizer and of all its groups that do not go with each other."""
+def complete(optimizer: Any) -> None:
+    """Gives the first group what all of them keep together.
+
+    Raises:
+        ValueError: options of the optimizer and of its groups do not go with each other.
+    """
     groups = optimizer.param_groups
     if not any(group["perturb"] for group in groups):
         raise ValueError(
@@ -168,6 +172,7 @@ def check_together(optimizer: Any) -> None:
             f"reuse={reuse!r} with ascent_sync=False would add another direction on each rank, whose weights would "
             "drift apart; leave one of them out"
         )
+    groups[0].setdefault(REUSE_SQ, 0.0)
 
 
 def _is_number(value: Any) -> bool:

@@ -5,6 +5,7 @@ package that the step reaches, has ``restore()`` called, as a user would, and co
 
 - weights and base state are those before the step, bit for bit, or those after it: never a part of it;
 - an average may have seen the first gradient, parameter by parameter, as the documentation says;
+- what is reused is what it was before or is after the step, or there is none any more (its norm is 0);
 - from there, training goes on with the bits of a fresh optimizer that was given that state.
 """
 
@@ -28,6 +29,7 @@ from fsam_ext import FriendlySAM, flatten_parameters
 
 PACKAGE = str(Path(fsam_ext.__file__).parent)
 OWN = ("fsam_ema", "fsam_ema_scale")
+REUSED = "fsam_reuse"
 
 
 @dataclass
@@ -148,7 +150,9 @@ class Run:
         return {
             "weights": [p.detach().clone() for p in self.model],
             "own": [{k: v for k, v in entry.items() if k in OWN} for entry in state],
-            "base": [{k: v for k, v in entry.items() if k not in OWN} for entry in state],
+            "base": [{k: v for k, v in entry.items() if k not in (*OWN, REUSED)} for entry in state],
+            "reused": [entry.get(REUSED) for entry in state],
+            "norm": float(self.optimizer.param_groups[0].get("fsam_reuse_sq", 0.0)),
             "step": [group["fsam_step"] for group in self.optimizer.param_groups],
         }
 
@@ -181,6 +185,10 @@ def verdict(found: dict[str, Any], before: dict[str, Any], after: dict[str, Any]
     for mine, *choices in zip(found["own"], before["own"], after["own"]):
         if not any(same(mine, choice) for choice in choices):
             return "an average that is neither that before the step nor that after it"
+    if found["norm"] and not any(
+        found["norm"] == choice["norm"] and same(found["reused"], choice["reused"]) for choice in (before, after)
+    ):
+        return "what is reused is neither that before the step nor that after it"
     return None
 
 
@@ -314,6 +322,9 @@ CASES: dict[str, Case] = {
     "flattened": Case(torch.optim.AdamW, flatten=True),
     "flattened closure": Case(options={"momentum": 0.9}, flatten=True, style="closure"),
     "plain step of a schedule": Case(torch.optim.AdamW, {"every": 2, "start": 1}),
+    "reuse": Case(options={"momentum": 0.9, "every": 2, "reuse": 0.3}),
+    "reuse closure": Case(torch.optim.AdamW, {"every": 2, "reuse": 0.3, "reuse_dtype": BF16}, style="closure"),
+    "reuse without an average": Case(options={"every": 2, "start": 1, "reuse": 0.3, "sigma": 0.0}),
     "average of the descent": Case(options={"momentum": 0.9, "ema_source": "descent"}),
     "scaler": Case(options={"momentum": 0.9}, scaler=True),
     "scaler, other base": Case(torch.optim.RMSprop, scaler=True),

@@ -1,6 +1,7 @@
 """The official F-SAM algorithm in plain PyTorch, an op a line: what FriendlySAM has to equal.
 
-Written from the description of github.com/nblt/F-SAM, with the paper's form of the average as an option.
+Written from the description of github.com/nblt/F-SAM, with the paper's form of the average as an option; and, for the
+steps between two ascents, from LookSAM (Liu et al., CVPR 2022).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class OfficialFriendlySAM:
         plain = [{k: v for k, v in group.items() if k not in ours} for group in self.groups]
         self.base = base(plain, **base_kwargs)
         self.ema = ema
+        self.every, self.reuse, self.number = 1, 0.0, 0
+        self.direction: dict[Tensor, Tensor] = {}
         self.momentum: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
@@ -65,3 +68,24 @@ class OfficialFriendlySAM:
         for p, saved in self.saved.items():
             p.copy_(saved)
         self.base.step()
+
+    @torch.no_grad()
+    def looking_step(self, backward) -> None:
+        """A step of LookSAM, with ``every`` and ``reuse``; ``backward`` makes gradients anew."""
+        params = [p for group in self.groups for p in group["params"]]
+        backward()
+        first = {p: p.grad.clone() for p in params}
+        if self.number % self.every == 0:
+            self.first_step()
+            backward()
+            part = sum((p.grad * first[p]).sum() for p in params) / sum((g * g).sum() for g in first.values())
+            self.direction = {p: p.grad - part * first[p] for p in params}
+        else:
+            weights = {p: p.detach().clone() for p in params}
+            self.first_step()  # for the average
+            self.saved = weights
+            norms = [torch.stack([t.norm() for t in ts.values()]).norm() for ts in (first, self.direction)]
+            for p in params:
+                p.grad = first[p] + self.reuse * norms[0] / (norms[1] + 1e-12) * self.direction[p]
+        self.second_step()
+        self.number += 1

@@ -15,7 +15,7 @@ import torch
 from fsam_ext.backends import ops
 
 from .conformance import BACKENDS, DTYPES, LAYOUTS, Inputs
-from .test_ops import calls, mixed_calls
+from .test_ops import calls, mixed_calls, reusing_calls
 
 PROGRAM = "from tests.test_cpu import digest; print(digest())"
 
@@ -30,9 +30,11 @@ def digest(threads: int = 1) -> str:
     large = LAYOUTS["odd"].params + [lambda dtype: torch.empty(1_000_003, dtype=dtype)]
     LAYOUTS["large"] = type(LAYOUTS["odd"])(large)
     compressed = zip(DTYPES[1:], (torch.int8, torch.bfloat16, torch.int8), strict=True)
+    kept = (None, torch.bfloat16, None, torch.bfloat16)
     for call_of_each_op in chain(
         (calls(Inputs("large", dtype)) for dtype in DTYPES),
         (mixed_calls(Inputs("large", dtype, alignment=ops.QUANTIZED), stored) for dtype, stored in compressed),
+        (reusing_calls(Inputs("large", dtype), stored) for dtype, stored in zip(DTYPES, kept, strict=True)),
     ):
         for op, call in call_of_each_op.items():
             getattr(backend, op)(*call)

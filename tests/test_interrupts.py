@@ -22,10 +22,12 @@ from fsam_ext.step.transaction import Journal, Transaction
 from .interrupts import CASES, Injector, each_line_once, every_line, failures, interrupted_at
 
 # Cold steps lay out state, warm ones do not: each case once, the commonest both ways.
-QUICK = [(name, 1) for name in CASES] + [(name, 0) for name in ("AdamW closure", "SGD", "int8 average", "flattened")]
+QUICK = [(name, 1) for name in CASES]
+QUICK += [(name, 0) for name in ("AdamW closure", "SGD", "int8 average", "flattened", "reuse")]
+QUICK += [("reuse", 2), ("reuse closure", 2)]  # between two ascents, and where there is something to lose
 
 
-@pytest.mark.parametrize("name, warm", QUICK, ids=lambda v: v if isinstance(v, str) else ("cold", "warm")[v])
+@pytest.mark.parametrize("name, warm", QUICK, ids=lambda v: v if isinstance(v, str) else ("cold", "warm", "warmer")[v])
 def test_an_interrupt_at_each_line(name, warm):
     tried, found = failures(CASES[name], warm, each_line_once)
     assert tried > 100 and found == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ def calls(inputs: Inputs) -> dict[str, tuple]:
     params, grads, offsets = inputs.params, inputs.grads, inputs.offsets
     flat, backup, scale = inputs.flat, inputs.flat(dtype=inputs.dtype), torch.ones((), device=device)
     scratch = (inputs.partials, inputs.stats)
+    sums, one_sum = (torch.zeros(numel, dtype=torch.float64, device=device) for numel in (2, 1))
     effect = torch.zeros(ops.EFFECT * inputs.chunks, dtype=inputs.state_dtype, device=device)
     journal = torch.zeros(1, dtype=torch.int64)
     forward = ops.FORWARD[None if inputs.dtype == torch.float64 else torch.bfloat16]
@@ -35,20 +37,39 @@ def calls(inputs: Inputs) -> dict[str, tuple]:
         "noise_norm": (params, grads, offsets, flat(), None, scale, 1.0, 0.9, True, False, *scratch),
         "perturb": (
             *(params, grads, offsets, flat(), None, backup, stats, None),
-            *(0.1, None, 1.0, 0.9, 1e-12, False, True, True, forward, effect, journal),
+            *(0.1, None, 1.0, 0.9, 1e-12, False, True, True, forward, effect, journal, None),
         ),
-        "update_ema": (params, grads, offsets, flat(), None, stats, scale, None, 0.9, journal),
+        "update_ema": (params, grads, offsets, flat(), None, stats, scale, None, 0.9, journal, None, None),
+        "dots": (params, grads, offsets, flat(), scale, inputs.partials, sums),
+        "project": (params, grads, offsets, flat(), sums + 1, stats, scale, None, inputs.partials, one_sum, journal),
         "restore": (params, offsets, backup),
         "restore_sgd": (
             *(params, grads, offsets, backup, flat(), stats, scale, None),
-            *(0.1, None, 0.9, 0.0, 0.0, True, False, None, False, journal),
+            *(0.1, None, 0.9, 0.0, 0.0, True, False, None, False, journal, None, None, 0.0, 0.0),
         ),
         "count_steps": (steps, index, corrections, stats, None, 0.1, scale, 0.9, 0.99, journal),
         "restore_adam": (
             *(params, grads, offsets, backup, flat(), flat().square_(), corrections, stats, None, scale),
-            *(0.1, scale, 0.9, 0.99, 1e-8, 0.0, True, False, None, False, journal),
+            *(0.1, scale, 0.9, 0.99, 1e-8, 0.0, True, False, None, False, journal, None, None, 0.0, 0.0),
         ),
     }
+
+
+def reusing_calls(inputs: Inputs, stored: torch.dtype | None) -> dict[str, tuple]:
+    """The ops with all that the reuse of the second gradient adds, kept as ``stored`` (None: as the state)."""
+    kept = {"kept": inputs.flat(dtype=stored)}
+    squares = torch.tensor([2.0, 3.0], dtype=torch.float64, device=inputs.device)
+    reused = {"reused": inputs.flat(dtype=stored), "reuse_sq": squares, "reuse": 0.3, "reuse_eps": 1e-12}
+    changed = {
+        "perturb": kept,
+        "update_ema": {"partials": inputs.partials, "grad_sq": torch.zeros_like(squares[:1])},
+        "dots": kept,
+        "project": kept,
+        "restore_sgd": reused,
+        "restore_adam": reused,
+    }
+    plain = calls(inputs)
+    return {op: replaced(op, plain[op], changes) for op, changes in changed.items()}
 
 
 def mixed_calls(inputs: Inputs, stored: torch.dtype) -> dict[str, tuple]:
@@ -62,11 +83,10 @@ def mixed_calls(inputs: Inputs, stored: torch.dtype) -> dict[str, tuple]:
         "update_ema": {"ema": average.ema, "ema_scale": average.scale},
         "restore": {"backup": masters},
         "restore_sgd": {"rounding": rounding},
-        "count_steps": {},
         "restore_adam": {"backup": masters, "adopts": True},
     }
     plain = calls(inputs)
-    return {op: replaced(op, plain[op], copied(changed[op])) for op in plain}
+    return {op: replaced(op, plain[op], changed.get(op, {})) for op in plain}
 
 
 def replaced(op: str, call: tuple, changes: dict[str, Any]) -> tuple:
@@ -76,30 +96,32 @@ def replaced(op: str, call: tuple, changes: dict[str, Any]) -> tuple:
     return tuple(changes.get(name, argument) for name, argument in zip(names, call, strict=True))
 
 
-def call_of(op: str, mixed: bool, device: str) -> tuple:
-    if mixed:
+def call_of(op: str, kind: str, device: str) -> tuple:
+    if kind == "mixed":
         return mixed_calls(Inputs("odd", torch.bfloat16, device, alignment=ops.QUANTIZED), torch.int8)[op]
-    return calls(Inputs("odd", torch.float32, device))[op]
+    inputs = Inputs("odd", torch.float32, device)
+    return (calls(inputs) if kind == "float32" else reusing_calls(inputs, torch.bfloat16))[op]
 
 
-MIXED = pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
+REUSING = ("perturb", "update_ema", "dots", "project", "restore_sgd", "restore_adam")
+EVERY_CALL = pytest.mark.parametrize(
+    "op,kind", [*itertools.product(ops.NAMES, ("float32", "mixed")), *((op, "reusing") for op in REUSING)]
+)
 
 
-@MIXED
-@pytest.mark.parametrize("op", ops.NAMES)
+@EVERY_CALL
 @pytest.mark.parametrize("name", DISPATCHED)
-def test_opcheck(name, op, mixed):
-    opcheck(getattr(BACKENDS[name](), op), call_of(op, mixed, DEVICE[name]))
+def test_opcheck(name, op, kind):
+    opcheck(getattr(BACKENDS[name](), op), call_of(op, kind, DEVICE[name]))
 
 
-@MIXED
-@pytest.mark.parametrize("op", ops.NAMES)
+@EVERY_CALL
 @pytest.mark.parametrize("name", DISPATCHED)
-def test_compile_fullgraph(name, op, mixed):
+def test_compile_fullgraph(name, op, kind):
     """A compiled function that calls an op mutates the same tensors to the same bits."""
     torch._dynamo.reset()  # its limit of recompilations counts all parametrisations together
     run = getattr(BACKENDS[name](), op)
-    eager = call_of(op, mixed, DEVICE[name])
+    eager = call_of(op, kind, DEVICE[name])
     compiled = copied(list(eager))
     names = list(inspect.signature(getattr(ops, op)).parameters)[1:]
     if "offsets" in names:

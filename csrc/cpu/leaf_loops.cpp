@@ -151,14 +151,90 @@ void perturb(T* w, const T* g, const AverageSlice<M>& ema, T* backup, compute_t<
   }
 }
 
-template <class T, class M>
-void update_ema(const T* g, const AverageSlice<M>& ema, int64_t n, const AscentScalars<compute_t<T>>& scalars) {
+template <class T, class M, bool kSquare>
+void update_ema(const T* g, const AverageSlice<M>& ema, int64_t n, const AscentScalars<compute_t<T>>& scalars,
+                bool feeds, compute_t<T>* out) {
+  using V = lanes_t<T>;
   const AscentScalars<compute_t<T>> s = scalars;
+  V squares(0);
   for_averages<T>(
-      ema, n, true, FSAM_BODY {
-        return fed(load_average<T>(ema, i, access), widen<T>(access.load(g + i)), s.inverse_scale, s.lmbda,
-                   s.one_minus_lmbda);
+      ema, n, feeds || !kSquare, FSAM_BODY {
+        const V scaled = widen<T>(access.load(g + i));
+        if constexpr (kSquare) {
+          const V gradient = unscaled(scaled, s.inverse_scale);
+          squares = squares + gradient * gradient;
+        }
+        return fed(load_average<T>(ema, i, access), scaled, s.inverse_scale, s.lmbda, s.one_minus_lmbda);
       });
+  if constexpr (kSquare) out[0] = sum(squares);
+}
+
+// ---- What is kept for reuse. A branch that always goes the same way tells the type: loops for each would double all
+// that reads or writes it, and are no faster.
+
+template <class T, class Access>
+FSAM_FN lanes_t<T> load_kept(const Kept& kept, int64_t element, Access access) {
+  using S = compute_t<T>;
+  if constexpr (sizeof(S) == 4) {
+    if (kept.narrow) return widen<bfloat16>(access.load(static_cast<const bfloat16*>(kept.data) + element));
+  }
+  return widen<S>(access.load(static_cast<const S*>(kept.data) + element));
+}
+
+// Returns what is stored.
+template <class T, class Access>
+FSAM_FN lanes_t<T> store_kept(const Kept& kept, int64_t element, Access access, bool stream, lanes_t<T> x) {
+  using S = compute_t<T>;
+  if constexpr (sizeof(S) == 4) {
+    if (kept.narrow) {
+      const Packed<bfloat16> low = narrow<bfloat16>(x);
+      put<bfloat16>(access, stream, static_cast<bfloat16*>(kept.data) + element, low);
+      return widen<bfloat16>(low);
+    }
+  }
+  put<S>(access, stream, static_cast<S*>(kept.data) + element, narrow<S>(x));
+  return x;
+}
+
+template <class T>
+void keep(const T* g, const Kept& kept_, int64_t at, int64_t n, compute_t<T> inverse_scale, bool stream) {
+  const Kept kept = kept_;
+  for_lanes<T>(
+      n, FSAM_BODY {
+        store_kept<T>(kept, at + i, access, stream, unscaled(widen<T>(access.load(g + i)), inverse_scale));
+      });
+  stream_fence();
+}
+
+template <class T>
+void dots(const T* g, const Kept& kept_, int64_t at, int64_t n, compute_t<T> inverse_scale, compute_t<T>* out) {
+  using V = lanes_t<T>;
+  const Kept kept = kept_;
+  V product(0), square(0);
+  for_lanes<T>(
+      n, FSAM_BODY {
+        const V k = load_kept<T>(kept, at + i, access);
+        product = product + unscaled(widen<T>(access.load(g + i)), inverse_scale) * k;
+        square = square + k * k;
+      });
+  out[0] = sum(product);
+  out[1] = sum(square);
+}
+
+template <class T>
+void project(const T* g, const Kept& kept_, int64_t at, int64_t n, compute_t<T> inverse_scale, compute_t<T> part,
+             compute_t<T>* out) {
+  using V = lanes_t<T>;
+  const Kept kept = kept_;
+  V square(0);
+  for_lanes<T>(
+      n, FSAM_BODY {
+        const V gradient = unscaled(widen<T>(access.load(g + i)), inverse_scale);
+        const V direction = gradient - part * load_kept<T>(kept, at + i, access);
+        const V stored = store_kept<T>(kept, at + i, access, false, direction);
+        square = square + stored * stored;
+      });
+  out[0] = sum(square);
 }
 
 template <class T>
@@ -205,37 +281,56 @@ struct Weights {
   }
 };
 
-template <class T, bool kMomentum, class Where>
-void restore_sgd(const Where& where, const T* g, compute_t<T>* momentum_buffer, int64_t n,
+// The gradient that pass C steps along.
+template <class T, bool kReused>
+struct Gradients {
+  const T* g;
+  Share<compute_t<T>> share;
+  int64_t at;
+
+  template <class Access>
+  FSAM_FN lanes_t<T> load(int64_t i, Access access, compute_t<T> inverse_scale) const {
+    const lanes_t<T> gradient = unscaled(widen<T>(access.load(g + i)), inverse_scale);
+    if constexpr (!kReused) return gradient;
+    return with_reused(gradient, load_kept<T>(share.v, at + i, access), share.length);
+  }
+};
+
+template <class T, bool kMomentum, class Where, class From>
+void restore_sgd(const Where& where, const From& from, compute_t<T>* momentum_buffer, int64_t n,
                  const SgdScalars<compute_t<T>>& scalars) {
   using V = lanes_t<T>;
   using S = compute_t<T>;
   const SgdScalars<S> s = scalars;
   const Where weights = where;
+  const From gradients = from;
   for_lanes<T>(
       n, FSAM_BODY {
         V buffer(0);
         if constexpr (kMomentum) buffer = widen<S>(access.load(momentum_buffer + i));
-        const V updated = sgd<kMomentum>(weights.load(i, access), widen<T>(access.load(g + i)), buffer, s);
+        const V gradient = gradients.load(i, access, s.inverse_scale);
+        const V updated = sgd<kMomentum>(weights.load(i, access), gradient, buffer, s);
         if constexpr (kMomentum) access.store(momentum_buffer + i, narrow<S>(buffer));
         weights.store(i, access, updated);
       });
   stream_fence();
 }
 
-template <class T, class Where>
-void restore_adam(const Where& where, const T* g, compute_t<T>* exp_avg, compute_t<T>* exp_avg_sq, int64_t n,
+template <class T, class Where, class From>
+void restore_adam(const Where& where, const From& from, compute_t<T>* exp_avg, compute_t<T>* exp_avg_sq, int64_t n,
                   const AdamScalars<compute_t<T>>& scalars, const BiasCorrection<compute_t<T>>& correction_) {
   using V = lanes_t<T>;
   using S = compute_t<T>;
   const AdamScalars<S> s = scalars;
   const BiasCorrection<S> correction = correction_;
   const Where weights = where;
+  const From gradients = from;
   for_lanes<T>(
       n, FSAM_BODY {
         V first = widen<S>(access.load(exp_avg + i));
         V second = widen<S>(access.load(exp_avg_sq + i));
-        const V updated = adam(weights.load(i, access), widen<T>(access.load(g + i)), first, second, s, correction);
+        const V gradient = gradients.load(i, access, s.inverse_scale);
+        const V updated = adam(weights.load(i, access), gradient, first, second, s, correction);
         access.store(exp_avg + i, narrow<S>(first));
         access.store(exp_avg_sq + i, narrow<S>(second));
         weights.store(i, access, updated);
@@ -280,6 +375,13 @@ FSAM_FN void choose_weights(T* w, const T* backup, compute_t<T>* master, bool ad
   call(Weights<T, false, false>{w, from, nullptr, false, at, 0, stream});
 }
 
+// Calls call(gradients) with the Gradients that this share asks for.
+template <class T, class Call>
+FSAM_FN void choose_gradients(const T* g, const Share<compute_t<T>>& share, int64_t at, const Call& call) {
+  if (share.v) return call(Gradients<T, true>{g, share, at});
+  call(Gradients<T, false>{g, {}, at});
+}
+
 template <class T>
 constexpr LeafLoops<T> leaf_loops() {
   using S = compute_t<T>;
@@ -307,27 +409,38 @@ constexpr LeafLoops<T> leaf_loops() {
           });
         });
       },
-      [](const T* g, const Average& ema, int64_t at, int64_t n, const AscentScalars<S>& s) {
+      [](const T* g, const Average& ema, int64_t at, int64_t n, const AscentScalars<S>& s, bool feeds, S* grad_sq) {
         choose_average<S>(ema.storage, [&](auto m) {
           using M = typename decltype(m)::type;
-          update_ema<T, M>(g, slice_of<M>(ema, at), n, s);
+          choose_bool(grad_sq != nullptr, [&](auto square) {
+            update_ema<T, M, square.value>(g, slice_of<M>(ema, at), n, s, feeds, grad_sq);
+          });
         });
       },
+      keep<T>,
+      dots<T>,
+      project<T>,
       [](T* w, const S* master, int64_t n) { restore_master<T>(w, master, n); },
       [](const T* w, S* master, int64_t n) {
         if constexpr (sizeof(T) == 2) adopt<T>(w, master, n);
       },
-      [](T* w, const T* g, const T* backup, S* master, bool adopts, S* momentum_buffer, int64_t at, int64_t n,
-         const SgdScalars<S>& s, Rounding rounding, bool stream) {
+      [](T* w, const T* g, const Share<S>& share, const T* backup, S* master, bool adopts, S* momentum_buffer,
+         int64_t at, int64_t n, const SgdScalars<S>& s, Rounding rounding, bool stream) {
         choose_weights<T>(w, backup, master, adopts, at, rounding, stream, [&](const auto& where) {
-          choose_bool(momentum_buffer != nullptr,
-                      [&](auto m) { restore_sgd<T, m.value>(where, g, momentum_buffer, n, s); });
+          choose_gradients<T>(g, share, at, [&](const auto& from) {
+            choose_bool(momentum_buffer != nullptr,
+                        [&](auto m) { restore_sgd<T, m.value>(where, from, momentum_buffer, n, s); });
+          });
         });
       },
-      [](T* w, const T* g, const T* backup, S* master, bool adopts, S* exp_avg, S* exp_avg_sq, int64_t at, int64_t n,
-         const AdamScalars<S>& s, const BiasCorrection<S>& correction, Rounding rounding, bool stream) {
-        choose_weights<T>(w, backup, master, adopts, at, rounding, stream,
-                          [&](const auto& where) { restore_adam<T>(where, g, exp_avg, exp_avg_sq, n, s, correction); });
+      [](T* w, const T* g, const Share<S>& share, const T* backup, S* master, bool adopts, S* exp_avg, S* exp_avg_sq,
+         int64_t at, int64_t n, const AdamScalars<S>& s, const BiasCorrection<S>& correction, Rounding rounding,
+         bool stream) {
+        choose_weights<T>(w, backup, master, adopts, at, rounding, stream, [&](const auto& where) {
+          choose_gradients<T>(g, share, at, [&](const auto& from) {
+            restore_adam<T>(where, from, exp_avg, exp_avg_sq, n, s, correction);
+          });
+        });
       },
   };
 }

@@ -6,6 +6,7 @@
 
 #include "../average.h"
 #include "../formulas.h"
+#include "../kept.h"
 #include "../storage.h"
 
 namespace fsam {
@@ -16,9 +17,16 @@ struct Rounding {
   uint32_t key;
 };
 
+// What an update adds to a gradient: length * v, or nothing.
+template <class S>
+struct Share {
+  Kept v;
+  S length = 0;
+};
+
 // `w` parameters, `g` gradients: n elements each, as are all state pointers. `at` is the first element's position in
-// the flat state, which tells where in an Average the slice lies. `stream` writes what is not read again soon around
-// the caches. Nothing may overlap.
+// the flat state, which tells where in an Average, or in what is kept, the slice lies. `stream` writes what is not read
+// again soon around the caches. Nothing may overlap.
 template <class T>
 struct LeafLoops {
   using S = compute_t<T>;
@@ -31,17 +39,25 @@ struct LeafLoops {
   // null, or where the sums of Effect go.
   void (*perturb)(T* w, const T* g, const Average& ema, T* backup, S* master, int64_t at, int64_t n,
                   const AscentScalars<S>&, bool feeds, Forward, S* effect, bool stream);
-  // ema = the average with g.
-  void (*update_ema)(const T* g, const Average& ema, int64_t at, int64_t n, const AscentScalars<S>&);
+  // ema = the average with g where `feeds`. `grad_sq`: null, or where the sum of g^2 goes; without it all are fed.
+  void (*update_ema)(const T* g, const Average& ema, int64_t at, int64_t n, const AscentScalars<S>&, bool feeds,
+                     S* grad_sq);
+  // kept = g.
+  void (*keep)(const T* g, const Kept&, int64_t at, int64_t n, S inverse_scale, bool stream);
+  // out[0:2] = the sums of g k and of k^2.
+  void (*dots)(const T* g, const Kept&, int64_t at, int64_t n, S inverse_scale, S* out);
+  // k = g - part k, and out[0] = the sum of k^2 as it is stored.
+  void (*project)(const T* g, const Kept&, int64_t at, int64_t n, S inverse_scale, S part, S* out);
   // w = the rounded master.
   void (*restore_master)(T* w, const S* master, int64_t n);
   // master = w where they differ.
   void (*adopt)(const T* w, S* master, int64_t n);
   // w = update(backup, g); with masters both of them, after adopting w where `adopts`; with neither w = update(w, g).
-  void (*restore_sgd)(T* w, const T* g, const T* backup, S* master, bool adopts, S* momentum_buffer, int64_t at,
-                      int64_t n, const SgdScalars<S>&, Rounding, bool stream);
-  void (*restore_adam)(T* w, const T* g, const T* backup, S* master, bool adopts, S* exp_avg, S* exp_avg_sq, int64_t at,
-                       int64_t n, const AdamScalars<S>&, const BiasCorrection<S>&, Rounding, bool stream);
+  void (*restore_sgd)(T* w, const T* g, const Share<S>&, const T* backup, S* master, bool adopts, S* momentum_buffer,
+                      int64_t at, int64_t n, const SgdScalars<S>&, Rounding, bool stream);
+  void (*restore_adam)(T* w, const T* g, const Share<S>&, const T* backup, S* master, bool adopts, S* exp_avg,
+                       S* exp_avg_sq, int64_t at, int64_t n, const AdamScalars<S>&, const BiasCorrection<S>&, Rounding,
+                       bool stream);
 };
 
 struct IsaLoops {

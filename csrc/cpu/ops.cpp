@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "../library.h"
 #include "../op_arguments.h"
@@ -22,6 +23,22 @@ void parallel_rows(const TensorTable& table, const Visit& visit) {
   const auto is_large = [](const Row& row) { return row.numel > kTorchsGrain; };
   for_parts(table.chunks, kChunksPerTask, is_forked_child && std::ranges::any_of(table.rows, is_large),
             [&](int64_t first, int64_t last) { table.for_rows(first, last, visit); });
+}
+
+// Calls visit(row, begin, n, chunk) for each chunk.
+template <class Visit>
+void parallel_chunks(const TensorTable& table, const Visit& visit) {
+  parallel_rows(table, [&](const Row& row, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kChunk)
+      visit(row, i, std::min(kChunk, end - i), row.first_chunk + i / kChunk);
+  });
+}
+
+// Adds up the sums of all chunks in order: NOTE [chunks are fixed].
+template <int kSums, class S>
+void add_up(const S* slots, int64_t chunks, double* total) {
+  for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int k = 0; k < kSums; ++k) total[k] += slots[chunk * kSums + k];
 }
 
 // NOTE [streaming stores]
@@ -42,9 +59,10 @@ bool worth_streaming(int64_t bytes) {
   return bytes > cache * torch::stable::get_num_threads();
 }
 
+constexpr Place kHere{true, 0};
+
 // An optional number that lives in a tensor of one element.
 double value_or(const OptionalTensor& tensor, const char* name, double otherwise) {
-  constexpr Place kHere{true, 0};
   if (!tensor.has_value()) return otherwise;
   if (dtype_of(*tensor) == dtype_number<double>()) return *data_of<double>(*tensor, name, 1, kHere);
   return *data_of<float>(*tensor, name, 1, kHere);
@@ -57,7 +75,7 @@ double inverse_scale(const OptionalTensor& grad_scale) {
 void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
                 const OptionalTensor& ema_scale, const OptionalTensor& grad_scale, double sigma, double lmbda,
                 bool adaptive, bool ema_updated, const Tensor& partials, const Tensor& stats) {
-  double* written = data_of<double>(stats, "stats", kStatistics, {true, 0});
+  double* written = data_of<double>(stats, "stats", kStatistics, kHere);
   double total[kStatistics] = {};
   const Arguments args = arguments(params, &grads, offsets, true);
   dispatch_storage(args, [&](auto storage) {
@@ -67,14 +85,11 @@ void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offse
     S* slots = data_of<S>(partials, "partials", args.table.chunks * kStatistics, args.place);
     const auto scalars = ascent_scalars<S>(inverse_scale(grad_scale), sigma, lmbda, 0.0, adaptive, ema_updated);
     const auto leaf = isa_loops().of<T>().noise_norm;
-    parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i += kChunk) {
-        leaf(static_cast<const T*>(row.param) + i, static_cast<const T*>(row.grad) + i, average, row.offset + i,
-             std::min(kChunk, end - i), scalars, slots + (row.first_chunk + i / kChunk) * kStatistics);
-      }
+    parallel_chunks(args.table, [&](const Row& row, int64_t i, int64_t n, int64_t chunk) {
+      leaf(static_cast<const T*>(row.param) + i, static_cast<const T*>(row.grad) + i, average, row.offset + i, n,
+           scalars, slots + chunk * kStatistics);
     });
-    for (int64_t chunk = 0; chunk < args.table.chunks; ++chunk)
-      for (int k = 0; k < kStatistics; ++k) total[k] += slots[chunk * kStatistics + k];
+    add_up<kStatistics>(slots, args.table.chunks, total);
   });
   std::copy(total, total + kStatistics, written);
 }
@@ -83,7 +98,7 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
              const OptionalTensor& ema_scale, const Tensor& backup, const Tensor& stats,
              const OptionalTensor& grad_scale, double rho, const OptionalTensor& rho_tensor, double sigma, double lmbda,
              double eps, bool adaptive, bool ema_updated, bool feeds, int64_t forward, const OptionalTensor& effect,
-             const OptionalTensor& journal) {
+             const OptionalTensor& journal, const OptionalTensor& kept) {
   const Journal written(journal);
   const Arguments args = arguments(params, &grads, offsets, true);
   dispatch_storage(args, [&](auto storage) {
@@ -91,6 +106,7 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
     using S = compute_t<T>;
     const Average average = average_of<S>(ema, ema_scale, args);
     const Saved<T> saved = saved_weights<T>(backup, args);
+    const Kept first = kept_of<S>(kept, "kept", args);
     const Forward seen = forward_of<T>(forward);
     S* sums = data_of<S>(effect, "effect", args.table.chunks * kEffect, args.place);
     const double noise_sq = *data_of<double>(stats, "stats", kStatistics, args.place);
@@ -99,6 +115,7 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
     const bool finite = is_finite(noise_sq);
     const bool stream = worth_streaming(args.table.numel * int64_t(3 * sizeof(T) + sizeof(S)));
     const auto leaf = isa_loops().of<T>().perturb;
+    const auto keep = isa_loops().of<T>().keep;
     if (sums && !finite) std::fill(sums, sums + args.table.chunks * kEffect, S(0));
     parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
       T* w = static_cast<T*>(row.param);
@@ -109,11 +126,16 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
         if (from) isa_loops().of<T>().adopt(w + begin, from + begin, end - begin);
         return;
       }
-      const int64_t piece = sums ? kChunk : end - begin;  // the sums are a chunk's
+      // The sums are a chunk's; and a chunk's gradients are in the cache still, to be kept.
+      const int64_t piece = sums || first ? kChunk : end - begin;
       for (int64_t i = begin; i < end; i += piece) {
         leaf(w + i, static_cast<const T*>(row.grad) + i, average, to ? to + i : nullptr, from ? from + i : nullptr,
              row.offset + i, std::min(piece, end - i), scalars, feeds, seen,
              sums ? sums + (row.first_chunk + i / kChunk) * kEffect : nullptr, stream);
+        if (first) {
+          keep(static_cast<const T*>(row.grad) + i, first, row.offset + i, std::min(piece, end - i),
+               scalars.inverse_scale, stream);
+        }
       }
     });
   });
@@ -127,20 +149,80 @@ bool update_is_skipped(const OptionalTensor& stats, const OptionalTensor& found_
 
 void update_ema(const Tensors& params, const Tensors& grads, const Tensor& offsets, const Tensor& ema,
                 const OptionalTensor& ema_scale, const OptionalTensor& stats, const OptionalTensor& grad_scale,
-                const OptionalTensor& found_inf, double lmbda, const OptionalTensor& journal) {
+                const OptionalTensor& found_inf, double lmbda, const OptionalTensor& journal,
+                const OptionalTensor& partials, const OptionalTensor& grad_sq) {
   const Journal written(journal);
+  double* square = data_of<double>(grad_sq, "grad_sq", 1, kHere);
+  double total = 0.0;
   const Arguments args = arguments(params, &grads, offsets, true);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
     const Average average = average_of<S>(ema, ema_scale, args);
+    S* slots = square_sums<S>(partials, grad_sq, args);
     const auto scalars = ascent_scalars<S>(inverse_scale(grad_scale), 0.0, lmbda, 0.0, false, false);
     const auto leaf = isa_loops().of<T>().update_ema;
-    if (update_is_skipped(stats, found_inf)) return;
-    parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
-      leaf(static_cast<const T*>(row.grad) + begin, average, row.offset + begin, end - begin, scalars);
-    });
+    const bool feeds = !update_is_skipped(stats, found_inf);
+    if (slots) {
+      parallel_chunks(args.table, [&](const Row& row, int64_t i, int64_t n, int64_t chunk) {
+        leaf(static_cast<const T*>(row.grad) + i, average, row.offset + i, n, scalars, feeds, slots + chunk);
+      });
+      add_up<1>(slots, args.table.chunks, &total);
+    } else if (feeds) {
+      parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
+        leaf(static_cast<const T*>(row.grad) + begin, average, row.offset + begin, end - begin, scalars, true, nullptr);
+      });
+    }
   });
+  if (square) *square = total;
+  written.wrote();
+}
+
+void dots(const Tensors& params, const Tensors& grads, const Tensor& offsets, const Tensor& kept,
+          const OptionalTensor& grad_scale, const Tensor& partials, const Tensor& sums) {
+  constexpr int kSums = 2;
+  double* written = data_of<double>(sums, "sums", kSums, kHere);
+  double total[kSums] = {};
+  const Arguments args = arguments(params, &grads, offsets, true);
+  dispatch_storage(args, [&](auto storage) {
+    using T = decltype(storage);
+    using S = compute_t<T>;
+    const Kept first = kept_of<S>(kept, "kept", args);
+    S* slots = data_of<S>(partials, "partials", args.table.chunks * kSums, args.place);
+    const S inverse = S(inverse_scale(grad_scale));
+    const auto leaf = isa_loops().of<T>().dots;
+    parallel_chunks(args.table, [&](const Row& row, int64_t i, int64_t n, int64_t chunk) {
+      leaf(static_cast<const T*>(row.grad) + i, first, row.offset + i, n, inverse, slots + chunk * kSums);
+    });
+    add_up<kSums>(slots, args.table.chunks, total);
+  });
+  std::copy(total, total + kSums, written);
+}
+
+void project(const Tensors& params, const Tensors& grads, const Tensor& offsets, const Tensor& kept, const Tensor& sums,
+             const OptionalTensor& stats, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+             const Tensor& partials, const Tensor& kept_sq, const OptionalTensor& journal) {
+  const Journal written(journal);
+  double* square = data_of<double>(kept_sq, "kept_sq", 1, kHere);
+  const double* sum = data_of<double>(sums, "sums", 2, kHere);
+  const bool ascended = is_finite(value_or(stats, "stats", 0.0));
+  const bool exists = value_or(found_inf, "found_inf", 0.0) == 0 && is_finite(sum[0]) && is_finite(sum[1]);
+  double total = 0.0;
+  const Arguments args = arguments(params, &grads, offsets, true);
+  dispatch_storage(args, [&](auto storage) {
+    using T = decltype(storage);
+    using S = compute_t<T>;
+    const Kept direction = kept_of<S>(kept, "kept", args);
+    S* slots = data_of<S>(partials, "partials", args.table.chunks, args.place);
+    const S inverse = S(inverse_scale(grad_scale)), part = S(projection(sum[0], sum[1]));
+    const auto leaf = isa_loops().of<T>().project;
+    if (!ascended || !exists) return;
+    parallel_chunks(args.table, [&](const Row& row, int64_t i, int64_t n, int64_t chunk) {
+      leaf(static_cast<const T*>(row.grad) + i, direction, row.offset + i, n, inverse, part, slots + chunk);
+    });
+    add_up<1>(slots, args.table.chunks, &total);
+  });
+  *square = ascended ? total : std::numeric_limits<double>::quiet_NaN();
   written.wrote();
 }
 
@@ -173,6 +255,16 @@ Rounding rounding_of(const OptionalTensor& rounding, const Arguments& args) {
   return {true, rounding_key(uint64_t(numbers[0]), uint64_t(numbers[1]))};
 }
 
+// What an update adds to its gradients; nothing where the length is 0, so that nothing is read either.
+template <class S>
+Share<S> share_of(const OptionalTensor& reused, const OptionalTensor& reuse_sq, double reuse, double eps,
+                  const Arguments& args) {
+  const Reused found = reused_of<S>(reused, reuse_sq, args);
+  if (!found.v) return {};
+  const S length = S(reuse_length(found.squares[0], found.squares[1], reuse, eps));
+  return length == 0 ? Share<S>{} : Share<S>{found.v, length};
+}
+
 // What the two fused bases share: update(w, row, from, master, begin, n, stream) on each row, or the plain restore.
 template <class T, class Update>
 void restore_and_update(const Arguments& args, const Saved<T>& saved, bool adopts, bool skip, int64_t bytes_per_element,
@@ -191,7 +283,8 @@ void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offs
                  const OptionalTensor& momentum_buffer, const OptionalTensor& stats, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double momentum,
                  double dampening, double weight_decay, bool nesterov, bool maximize, const OptionalTensor& rounding,
-                 bool adopts, const OptionalTensor& journal) {
+                 bool adopts, const OptionalTensor& journal, const OptionalTensor& reused,
+                 const OptionalTensor& reuse_sq, double reuse, double reuse_eps) {
   const Journal written(journal);
   const Arguments args = arguments(params, &grads, offsets, true);
   dispatch_storage(args, [&](auto storage) {
@@ -200,13 +293,14 @@ void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offs
     const Saved<T> saved = saved_weights<T>(backup, args);
     S* buffer = flat_data<S>(momentum_buffer, "momentum_buffer", args);
     const Rounding how = rounding_of(rounding, args);
+    const Share<S> share = share_of<S>(reused, reuse_sq, reuse, reuse_eps, args);
     const auto scalars = sgd_scalars<S>(inverse_scale(grad_scale), value_or(lr_tensor, "lr_tensor", lr), momentum,
                                         dampening, weight_decay, nesterov, maximize);
     const auto leaf = isa_loops().of<T>().restore_sgd;
     restore_and_update<T>(
         args, saved, adopts, update_is_skipped(stats, found_inf), 3 * sizeof(T) + sizeof(S),
         [&](T* w, const T* g, const T* from, S* master, const Row&, int64_t at, int64_t n, bool stream) {
-          leaf(w, g, from, master, adopts, buffer ? buffer + at : nullptr, at, n, scalars, how, stream);
+          leaf(w, g, share, from, master, adopts, buffer ? buffer + at : nullptr, at, n, scalars, how, stream);
         });
   });
   written.wrote();
@@ -244,7 +338,8 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
                   const OptionalTensor& stats, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
                   double lr, const OptionalTensor& lr_tensor, double beta1, double beta2, double eps,
                   double weight_decay, bool decoupled, bool maximize, const OptionalTensor& rounding, bool adopts,
-                  const OptionalTensor& journal) {
+                  const OptionalTensor& journal, const OptionalTensor& reused, const OptionalTensor& reuse_sq,
+                  double reuse, double reuse_eps) {
   const Journal written(journal);
   const Arguments args = arguments(params, &grads, offsets, true);
   dispatch_storage(args, [&](auto storage) {
@@ -255,6 +350,7 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
     S* second = flat_data<S>(exp_avg_sq, "exp_avg_sq", args);
     const BiasCorrection<S>* correction = corrections_of<S>(corrections, args);
     const Rounding how = rounding_of(rounding, args);
+    const Share<S> share = share_of<S>(reused, reuse_sq, reuse, reuse_eps, args);
     const double rate = value_or(lr_tensor, "lr_tensor", lr);
     const auto scalars =
         adam_scalars<S>(inverse_scale(grad_scale), rate, beta1, beta2, eps, weight_decay, decoupled, maximize);
@@ -263,7 +359,7 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
     restore_and_update<T>(
         args, saved, adopts, update_is_skipped(stats, found_inf), 3 * sizeof(T) + 2 * sizeof(S),
         [&](T* w, const T* g, const T* from, S* master, const Row& row, int64_t at, int64_t n, bool stream) {
-          leaf(w, g, from, master, adopts, first + at, second + at, at, n, scalars, correction[&row - rows], how,
+          leaf(w, g, share, from, master, adopts, first + at, second + at, at, n, scalars, correction[&row - rows], how,
                stream);
         });
   });
@@ -296,6 +392,8 @@ FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, CPU, m) {
   m.impl("noise_norm", TORCH_BOX(&fsam::noise_norm));
   m.impl("perturb", TORCH_BOX(&fsam::perturb));
   m.impl("update_ema", TORCH_BOX(&fsam::update_ema));
+  m.impl("dots", TORCH_BOX(&fsam::dots));
+  m.impl("project", TORCH_BOX(&fsam::project));
   m.impl("restore", TORCH_BOX(&fsam::restore));
   m.impl("restore_sgd", TORCH_BOX(&fsam::restore_sgd));
   m.impl("count_steps", TORCH_BOX(&fsam::count_steps));

@@ -240,7 +240,7 @@ def _with_reused(g: Tensor, reused: Tensor | None, reuse_sq: Tensor | None, reus
         return g
     length = reuse * reuse_sq[0].sqrt() / (reuse_sq[1].sqrt() + eps)
     length = torch.where(reuse_sq[:2].isfinite().all() & (reuse_sq[1] > 0), length, 0.0)
-    return g + length.to(g.dtype) * compute(reused)
+    return torch.where(length == 0, g, g + length.to(g.dtype) * compute(reused))
 
 
 # ---- The restore and the base updates --------------------------------------------------------------------------------

@@ -163,10 +163,7 @@ def in_words(state_dict: dict[str, Any]) -> dict[str, Any]:
 
     A rho that is a function is left out, and the norm of what is reused is a number: reading it waits for the device.
     """
-    groups = state_dict["param_groups"]
-    if any(group.get("reuse") and group.get("perturb") for group in groups):
-        groups[0].setdefault(REUSE_SQ, 0.0)  # what loads in place needs to have what it loads
-    for group in groups:
+    for group in state_dict["param_groups"]:
         group.update({name: str(group[name]) for name in NAMES if isinstance(group.get(name), torch.dtype)})
         if callable(group.get("rho")):
             del group["rho"]

@@ -84,9 +84,11 @@ def train(
         before_step(step)
         with first_pass():
             backward(model, part(batch))
-        optimizer.first_step(zero_grad=True)
-        backward(model, part(batch))
-        optimizer.second_step(zero_grad=True)
+        if optimizer.ascends:
+            optimizer.first_step(zero_grad=True)
+            backward(model, part(batch))
+        optimizer.step()
+        optimizer.zero_grad()
         history.append(vector(model.parameters()))
     return torch.stack(history)
 
