@@ -42,7 +42,7 @@ def draw(finished: Finished, path: Path) -> None:
     panels = [accuracy_against_passes, _learning_curves, _top_eigenvalues]
     if len({run.rho for run, _ in finished if run.rho is not None}) > 1:
         panels.insert(1, _accuracy_against_rho)
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 6), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 6.6), layout="constrained")
     for panel, ax in zip(panels, axes, strict=True):
         panel(ax, finished)
         _frame(ax)
@@ -55,7 +55,8 @@ def draw(finished: Finished, path: Path) -> None:
 def draw_side_by_side(regimes: Sequence[Finished], path: Path) -> None:
     """Accuracy against passes for several noises, each with an axis of accuracy of its own."""
     plt = _pyplot()
-    figure, axes = plt.subplots(1, len(regimes), figsize=(4.5 * len(regimes), 5), layout="constrained", squeeze=False)
+    plt.rcParams["font.size"] = 9
+    figure, axes = plt.subplots(1, len(regimes), figsize=(3.2 * len(regimes), 4), layout="constrained", squeeze=False)
     for ax, finished in zip(axes[0], regimes, strict=True):
         accuracy_against_passes(ax, finished, legend=False)
         ax.set_title(describe(finished), fontsize="medium")
@@ -106,17 +107,30 @@ def accuracy_against_passes(axes: Any, finished: Finished, legend: bool = True) 
             plain[run.rho] = runs
         if family(run) != "average":  # as many passes as without
             lines.setdefault((family(run), run.rho), []).append(runs)
+    marks: list[tuple[float, float, Run]] = []
     for (kind, rho), members in lines.items():
         if kind in ("every", "reuse") and rho in plain:  # where both begin
             members = [plain[rho], *members]
         name = _name_of_line(kind, members) + (f", rho {rho:g}" if len(rhos) > 1 and rho is not None else "")
         style = LINES[rhos.index(rho) % len(LINES)] if rho is not None else "-"
-        _line(axes, kind, style, name, members)
+        marks += _line(axes, kind, style, name, members)
+    for passes, accuracy, run in marks:
+        if run.every != 1:
+            higher = any(x == passes and y > accuracy for x, y, _ in marks)
+            axes.annotate(
+                run.every,
+                (passes, accuracy),
+                xytext=(0, -6 if higher else 6),
+                textcoords="offset points",
+                ha="center",
+                va="top" if higher else "bottom",
+                color=COLOURS[family(run)],
+            )
     axes.set(xlabel="forward-backward passes a step", ylabel="final test accuracy (%)")
     axes.margins(0.1)
     if legend:
         axes.set_title("What a pass buys")
-        axes.legend(loc="lower right", fontsize="small")
+        _legend_below(axes)
 
 
 def _name_of_line(kind: str, members: list[Finished]) -> str:
@@ -124,13 +138,14 @@ def _name_of_line(kind: str, members: list[Finished]) -> str:
     return {
         "sam": "SAM",
         "fsam": "F-SAM",
-        "every": "F-SAM in every k-th step",
+        "every": "F-SAM in every k-th step (k at the point)",
         "reuse": "the same, with reuse between",
         "last": f"F-SAM, {run.change}",
     }.get(kind, without_changes(run).label)
 
 
-def _line(axes: Any, kind: str, style: str, name: str, members: list[Finished]) -> None:
+def _line(axes: Any, kind: str, style: str, name: str, members: list[Finished]) -> list[tuple[float, float, Run]]:
+    """Draws one way of spending passes, and returns its points: passes, accuracy, and a run there."""
     points = sorted(
         (statistics.fmean(r.passes for _, r in runs), *Estimate.of(100 * r.test_accuracy for _, r in runs), runs[0][0])
         for runs in members
@@ -140,19 +155,12 @@ def _line(axes: Any, kind: str, style: str, name: str, members: list[Finished]) 
     look = {"marker": MARKERS[kind], "markersize": 5, "linewidth": 1.3, "capsize": 3}
     look["zorder"] = 3 if kind == "fsam" else 2  # the point that lines share
     axes.errorbar(passes, accuracy, error, linestyle=style, color=COLOURS[kind], label=name, **look)
-    for x, y, run in zip(passes, accuracy, runs, strict=True):
-        if run.every != 1:
-            below = kind == "every"
-            axes.annotate(
-                f"k={run.every}",
-                (x, y),
-                xytext=(0, -7 if below else 7),
-                textcoords="offset points",
-                ha="center",
-                va="top" if below else "bottom",
-                fontsize="small",
-                color=COLOURS[kind],
-            )
+    return list(zip(passes, accuracy, runs, strict=True))
+
+
+def _legend_below(axes: Any) -> None:
+    """Where it covers nothing."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize="small", frameon=False)
 
 
 def _accuracy_against_rho(axes: Any, finished: Finished) -> None:
@@ -185,7 +193,7 @@ def _accuracy_against_rho(axes: Any, finished: Finished) -> None:
         )
     axes.set_xticks(sorted({rho for points in curves.values() for rho, _ in points}))
     axes.set(title="Accuracy against rho", xlabel="rho", ylabel="final test accuracy (%)")
-    axes.legend(loc="lower left", fontsize="small")
+    _legend_below(axes)
 
 
 def _looks(groups: dict[str, Finished]) -> dict[str, tuple[str, str]]:
@@ -210,7 +218,7 @@ def _learning_curves(axes: Any, finished: Finished) -> None:
         colour, style = looks[label]
         axes.plot(range(1, len(mean) + 1), mean, color=colour, linestyle=style, linewidth=1.6, label=label)
     axes.set(title="Learning curves", xlabel="epoch", ylabel="test accuracy (%)")
-    axes.legend(fontsize="small", loc="best")
+    _legend_below(axes)
 
 
 def _top_eigenvalues(axes: Any, finished: Finished) -> None:

@@ -94,7 +94,7 @@ def test_accuracy_against_passes_shows_every_way_of_spending_them():
     assert points == {
         "SGD": pytest.approx([1, 71, 2, 72]),
         "F-SAM": pytest.approx([2, 85]),
-        "F-SAM in every k-th step": pytest.approx([1.2, 80, 2, 85]),
+        "F-SAM in every k-th step (k at the point)": pytest.approx([1.2, 80, 2, 85]),
         "the same, with reuse between": pytest.approx([1.2, 83.5, 2, 85]),
     }
     # Two standard errors long: of (83, 84) half a point each way, of (84, 86) one.
