@@ -238,7 +238,7 @@ def test_table_csv_and_picture_of_a_tiny_run(tmp_path, capsys):
     assert grown[: len(rows)] == rows and len(grown) == 12
 
 
-def test_the_rows_of_make_demo(tmp_path, capsys):
+def test_the_rows_of_make_demo(tmp_path):
     import fashion_mnist
 
     options = ["--dataset", "digits", "--backend", "reference", "--rho", "0.05", "--epochs", "2"]
@@ -266,6 +266,10 @@ def test_the_rows_of_make_demo(tmp_path, capsys):
     with (tmp_path / "curves.csv").open() as file:
         epochs = [row["label"] for row in csv.DictReader(file)]
     assert epochs.count("SGD, 2 x epochs") == 4 and epochs.count("SGD") == 2
+    # The rows are part of what --resume finds again.
+    before = (tmp_path / "results.csv").read_text()
+    assert fashion_mnist.main(["--resume", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "results.csv").read_text() == before
 
 
 def test_the_convolutional_net_sees_each_batch_once_in_its_statistics(tmp_path):
