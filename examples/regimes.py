@@ -3,7 +3,7 @@
     python examples/regimes.py runs/clean runs/noise20 runs/noise40 --picture passes.svg
 
 Accuracy, its difference from F-SAM in each step with the same seed, and the top eigenvalue; figures are means over the
-seeds with their standard errors.
+seeds that have every row, with their standard errors.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ TABLES = {
 def table(title: str, cell: Callable[[str, dict[str, Finished]], str], regimes: Sequence[Finished]) -> str:
     """One figure for every row and regime, in Markdown; passes are those of the first regime that has the row."""
     columns = [rows(finished) for finished in regimes]
-    labels = list(dict.fromkeys(label for column in columns for label in column))
+    longest_first = sorted(columns, key=len, reverse=True)
+    labels = list(dict.fromkeys(label for column in longest_first for label in column))
     lines = [[title, "passes a step", *map(head, regimes)]]
     for label in labels:
         first = next(column[label] for column in columns if label in column)
@@ -77,9 +78,11 @@ def main(argv: list[str] | None = None) -> int:
     regimes = []
     for folder in options.folders:
         try:
-            regimes.append(report.read_csv(folder))
+            regimes.append(report.complete(report.read_csv(folder)))
         except FileNotFoundError as error:
             parser.error(f"{folder} is no folder of a run of the demo: {error.filename} is missing")
+        if not regimes[-1]:
+            parser.error(f"{folder} has no seed with every row: continue that run with --resume")
     print("\n\n".join(table(title, cell, regimes) for title, cell in TABLES.items()))
     if options.picture:
         pictures.draw_side_by_side(regimes, options.picture)

@@ -40,6 +40,13 @@ def by_label(finished: Finished) -> dict[str, Finished]:
     return groups
 
 
+def complete(finished: Finished) -> Finished:
+    """The runs of those seeds that every row has: of a run that was interrupted, what can be compared."""
+    seeds = [{run.seed for run, _ in runs} for runs in by_label(finished).values()]
+    of_all = set.intersection(*seeds) if seeds else set()
+    return [(run, result) for run, result in finished if run.seed in of_all]
+
+
 def paired_differences(finished: Finished) -> dict[str, list[float]]:
     """ "a - b" -> differences of test accuracy, in points, one for each seed that has both.
 

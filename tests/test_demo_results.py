@@ -109,6 +109,7 @@ def test_regimes_side_by_side(tmp_path, capsys):
     for name, noise, rho in (("clean", 0.0, 0.1), ("noisy", 0.4, 0.2)):
         (tmp_path / name).mkdir()
         runs = finished("base", [0.5, 0.7], 1.0, noise=noise) + finished("fsam", [0.6, 0.9], rho=rho, noise=noise)
+        runs += finished("base", [0.5, 0.7, 0.1], 1.0, noise=noise)[2:]  # a third seed that was interrupted
         if noise:
             runs += finished("fsam", [0.6, 0.8], 1.2, rho=rho, noise=noise, every=5, reuse=0.3)
         report.write_csv(runs, tmp_path / name)
@@ -133,6 +134,10 @@ def test_regimes_side_by_side(tmp_path, capsys):
     with pytest.raises(SystemExit):
         regimes.main([str(tmp_path)])
     assert f"{tmp_path} is no folder of a run of the demo" in capsys.readouterr().err
+    report.write_csv(finished("base", [0.5]) + finished("fsam", [0.1, 0.6], rho=0.2)[1:], tmp_path)
+    with pytest.raises(SystemExit):
+        regimes.main([str(tmp_path)])
+    assert f"{tmp_path} has no seed with every row" in capsys.readouterr().err
 
 
 def test_the_search_asks_every_method_the_same(monkeypatch, capsys):
