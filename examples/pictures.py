@@ -116,14 +116,14 @@ def accuracy_against_passes(axes: Any, finished: Finished, legend: bool = True) 
         marks += _line(axes, kind, style, name, members)
     for passes, accuracy, run in marks:
         if run.every != 1:
-            higher = any(x == passes and y > accuracy for x, y, _ in marks)
+            # Beside its error bar; below, where a point above or close to the right would be covered.
+            below = any(passes <= x < passes + 0.15 and y > accuracy for x, y, _ in marks)
             axes.annotate(
                 run.every,
                 (passes, accuracy),
-                xytext=(0, -6 if higher else 6),
+                xytext=(4, -3 if below else 3),
                 textcoords="offset points",
-                ha="center",
-                va="top" if higher else "bottom",
+                va="top" if below else "bottom",
                 color=COLOURS[family(run)],
             )
     axes.set(xlabel="forward-backward passes a step", ylabel="final test accuracy (%)")
