@@ -24,10 +24,11 @@ PARALLEL    := -n auto --dist loadgroup
 # a test of a quarter of an hour, with its traceback. ARGS="-o faulthandler_timeout=0" is for longer ones.
 PARALLEL    += --max-worker-restart=0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 # Real frameworks, in an environment of their own. Composer asks for an older torch than fsam_ext, so it is installed
-# without its requirements, and they by name.
+# without its requirements, and they by name. Of torchtitan, which asks for a nightly torch, the tests load single files.
 FRAMEWORKS  := lightning==2.6.6 transformers==5.24.0 accelerate==1.15.0 peft==0.21.2 timm==1.0.31 torchmetrics==1.7.4 \
                skorch==1.4.0 fastai==2.8.12 pytorch-ignite==0.5.5 keras==3.15.1
 COMPOSER    := mosaicml==0.32.1
+TORCHTITAN  := torchtitan==0.3.0
 COMPOSER_IS := coolname importlib-metadata mosaicml-cli pillow psutil py-cpuinfo pyyaml requests tabulate torch_optimizer
 CPP          = $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -95,7 +96,8 @@ sanitize: $(VENV)/.extra-dev ## run the conformance tests under AddressSanitizer
 	preload=$$(ldd $(SANITIZED)/fsam_ext/_C.abi3.so | awk '/lib(asan|ubsan|stdc)/ {printf "%s ", $$3}') && \
 	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	FSAM_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/fsam_ext \
-	$(PY) -m pytest $(PARALLEL) --capture=sys -k "cpu-" tests/test_conformance.py $(ARGS)
+	$(PY) -m pytest $(PARALLEL) --capture=sys -k "cpu-" tests/test_conformance.py tests/test_reuse_ops.py \
+	  tests/test_reuse_updates.py $(ARGS)
 
 wheel: $(VENV)/.extra-build ## a wheel and an sdist in dist/
 	rm -rf build/lib.* build/bdist.* dist
@@ -132,12 +134,13 @@ $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
 
 # What cannot be installed is said here, and once more under the table.
 $(VENV)/.frameworks: $(VENV)/.torch Makefile
-	$(PIP) install -q -c $(CONSTRAINTS) "pytest>=8" numpy scikit-learn
+	$(PIP) install -q -c $(CONSTRAINTS) "pytest>=8" numpy scikit-learn matplotlib
 	@for package in $(FRAMEWORKS); do \
 	    $(PIP) install -q -c $(CONSTRAINTS) $$package || echo "fsam_ext: $$package COULD NOT BE INSTALLED" >&2; \
 	done
 	@$(PIP) install -q --no-deps $(COMPOSER) && $(PIP) install -q -c $(CONSTRAINTS) $(COMPOSER_IS) \
 	|| echo "fsam_ext: $(COMPOSER) COULD NOT BE INSTALLED" >&2
+	@$(PIP) install -q --no-deps $(TORCHTITAN) || echo "fsam_ext: $(TORCHTITAN) COULD NOT BE INSTALLED" >&2
 	@touch $@
 
 .PRECIOUS: $(VENV)/.extra-%

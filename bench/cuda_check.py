@@ -72,10 +72,17 @@ class Kernel:
         if self.op == "perturb":
             _, average, master, _ = self.arguments
             return (4 if master == "true" else 0) + 2 * storage + SIZES[average]
+        kept = 8 if storage == 8 else 2  # at least
+        if self.op in ("dots", "project"):
+            return storage + kept
         weight = 4 if self.arguments[1] == "true" else storage
         if self.op == "restore_sgd":
+            if self.reuses:  # with momentum or without
+                return weight + storage + kept
             return weight + storage + (self.arguments[2] == "true") * state
-        return {"restore": weight, "restore_adam": weight + storage + 2 * state}[self.op]
+        if self.op == "restore_adam":
+            return weight + storage + 2 * state + self.reuses * kept
+        return weight
 
     @property
     def narrow_average(self) -> bool:
@@ -84,10 +91,25 @@ class Kernel:
         return average == "signed char" or (average == "fsam::bfloat16" and self.arguments[0] == "float")
 
     @property
+    def narrow_accesses(self) -> list[str]:
+        """Those of its main loop that move less than 16 bytes, but for what float32 parameters keep in bfloat16: 8."""
+        keeps = self.op in ("perturb", "dots", "project") or self.reuses
+        allowed = (".128", ".64") if keeps and self.arguments[0] == "float" else (".128",)
+        groups = self.bytes_in_flight_per_thread // self.loaded_bytes_per_parameter // 4
+        narrow = [access for access in self.main_loop if not any(width in access for width in allowed)]
+        halves = [access for access in self.main_loop if ".64" in access]
+        return narrow or halves[2 * groups :]  # loaded and stored once by each group
+
+    @property
+    def reuses(self) -> bool:
+        """Whether it is an update that reuses a gradient."""
+        return self.op in ("restore_sgd", "restore_adam") and self.arguments[-2] == "true"
+
+    @property
     def bytes_in_flight_per_thread(self) -> int:
         """What a thread requests before it waits: 16 parameters, half of that of float64 and for Adam."""
         double = self.arguments[0] == "double"
-        halved = self.op == "restore_adam" or (double and self.op == "perturb")
+        halved = self.op == "restore_adam" or (double and (self.op == "perturb" or self.reuses))
         parameters = (8 if double else 16) // (2 if halved else 1)
         return parameters * self.loaded_bytes_per_parameter
 

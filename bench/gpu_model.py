@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 LANES = 32
@@ -56,10 +57,25 @@ H200 = Gpu("H200", 4.8e12, 132, 2048, 1.98e9)
 
 # Values in the storage type and in the state's type that a pass moves for each parameter: with an average in fp32, SGD
 # with momentum.
-MOVED = {
+EVERY_STEP = {
     "noise_norm": (1, 1), "perturb": (4, 2), "update_ema": (1, 2), "restore": (2, 0),
     "restore_sgd": (3, 2), "restore_adam": (3, 4),
 }  # fmt: skip
+# What the reuse of second gradients adds, kept in fp32: these ops, and ops with arguments more. Between two ascents the
+# updates start from the parameters.
+REUSE = {
+    "perturb_keeping": (4, 3), "dots": (1, 1), "project": (1, 2), "update_ema_measuring": (1, 2),
+    "restore_sgd_reusing": (3, 3), "restore_adam_reusing": (3, 5),
+}  # fmt: skip
+MOVED = EVERY_STEP | REUSE
+# Those whose sums over the chunks are added up by a launch of their own.
+SUMMED = ("noise_norm", "dots", "project", "update_ema_measuring")
+# The passes of a step with SGD: of F-SAM; with reuse, of one that ascends and of one between two ascents.
+STEPS = {
+    "without reuse": ("noise_norm", "perturb", "restore_sgd"),
+    "ascending": ("noise_norm", "perturb_keeping", "dots", "project", "restore_sgd"),
+    "between": ("update_ema_measuring", "restore_sgd_reusing"),
+}
 STORAGE_BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -72,7 +88,7 @@ def bytes_per_parameter(op: str, dtype: str) -> int:
 # NOTE [the model]
 # A pass takes its bytes over 0.9 of the data sheet's bandwidth (what a copy reaches), or its executed instructions over
 # what the GPU issues, whichever is longer; and 3 microseconds a launch: to start, to fill the SMs and to drain them.
-# The second stage of the norm sums five rows of slots in a block each, with 32 KiB in flight in 0.8 microseconds.
+# The second stage of a sum adds up rows of slots in a block each, with 32 KiB in flight in 0.8 microseconds.
 SHARE_OF_BANDWIDTH = 0.9
 SECONDS_PER_LAUNCH = 3e-6
 SUM_SLOTS_BANDWIDTH = 32768 / 0.8e-6
@@ -83,7 +99,7 @@ def seconds(gpu: Gpu, op: str, dtype: str, numel: float, instructions: float) ->
     """The predicted time of a pass that executes so many instructions for each parameter."""
     memory = bytes_per_parameter(op, dtype) / (SHARE_OF_BANDWIDTH * gpu.bandwidth)
     result = SECONDS_PER_LAUNCH + numel * max(memory, instructions / gpu.issued_per_second)
-    if op == "noise_norm":
+    if op in SUMMED:
         result += SECONDS_PER_LAUNCH + numel / CHUNK * 4 / SUM_SLOTS_BANDWIDTH
     return result
 
@@ -94,15 +110,16 @@ def print_model(executed: dict[tuple[str, str, str], float]) -> None:
     gpus.sort(key=lambda pair: (int(pair[0]), pair[1].bandwidth))
     names = " | ".join(gpu.name for _, gpu in gpus)
     print(f"| pass | parameters | bytes each | {names} |\n|---|---|---|{'---|' * len(gpus)}")
-    passes = [(op, dtype) for dtype in STORAGE_BYTES for op in MOVED if op != "update_ema"]
-    for op, dtype in passes:
+    shown = [(op, (op,)) for op in EVERY_STEP if op != "update_ema"] + [(f"step {name}", STEPS[name]) for name in STEPS]
+    for dtype, (name, ops) in itertools.product(STORAGE_BYTES, shown):
         for label, numel in (("10M", 1e7), ("100M", 1e8), ("1B", 1e9), ("8B", 8e9)):
-            times = [seconds(gpu, op, dtype, numel, executed[op, dtype, arch]) for arch, gpu in gpus]
-            shown = [f"{time * 1e6:,.0f} us" if time < 1e-3 else f"{time * 1e3:,.2f} ms" for time in times]
-            print(f"| {op}, {dtype} | {label} | {bytes_per_parameter(op, dtype)} | " + " | ".join(shown) + " |")
+            nbytes = sum(bytes_per_parameter(op, dtype) for op in ops)
+            times = [sum(seconds(gpu, op, dtype, numel, executed[op, dtype, a]) for op in ops) for a, gpu in gpus]
+            cells = [f"{time * 1e6:,.0f} us" if time < 1e-3 else f"{time * 1e3:,.2f} ms" for time in times]
+            print(f"| {name}, {dtype} | {label} | {nbytes} | " + " | ".join(cells) + " |")
     print(f"\nExecuted instructions a parameter, and their share of the issue limit at {SHARE_OF_BANDWIDTH} of the "
           f"bandwidth:\n\n| pass | {names} |\n|---|{'---|' * len(gpus)}")  # fmt: skip
-    for op, dtype in passes:
+    for dtype, op in itertools.product(STORAGE_BYTES, (op for op in MOVED if op != "update_ema")):
         cells = []
         for arch, gpu in gpus:
             limit = gpu.issue_limit(bytes_per_parameter(op, dtype), SHARE_OF_BANDWIDTH * gpu.bandwidth)

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "average.h"
+#include "storage.h"
 
 namespace fsam {
 
@@ -12,23 +12,21 @@ struct Kept {
   void* data = nullptr;  // null where there is none
   bool narrow = false;
 
-  explicit operator bool() const { return data != nullptr; }
+  FSAM_FN explicit operator bool() const { return data != nullptr; }
 };
+
+// The part of it that starts at an element of the flat buffer. S is the type of the arithmetic.
+template <class S>
+FSAM_FN Kept part_of(const Kept& kept, int64_t element) {
+  if (!kept) return {};
+  const int64_t size = kept.narrow ? sizeof(bfloat16) : sizeof(S);
+  return {static_cast<char*>(kept.data) + element * size, kept.narrow};
+}
 
 // What a step between two ascents makes its gradient of.
 struct Reused {
   Kept v;
   const double* squares = nullptr;  // |g|^2, |v|^2; where v is
 };
-
-// Calls call(StoredAs<K>{}), on the host; with void where nothing is kept. Inlined for the reason of choose_average.
-template <class S, class Call>
-inline __attribute__((always_inline)) auto choose_kept(const Kept& kept, const Call& call) {
-  if constexpr (sizeof(S) == 4) {
-    if (kept && kept.narrow) return call(StoredAs<bfloat16>{});
-  }
-  if (kept) return call(StoredAs<S>{});
-  return call(StoredAs<void>{});
-}
 
 }  // namespace fsam

@@ -289,7 +289,7 @@ class FriendlySAM(StatefulOptimizer):
             else:
                 protocol.check_gradients(passes.transaction.has_perturbed, self.param_groups, passes.backward_count)
             if goes_on:
-                passes.finish(self.param_groups, self.state, scaling, self.schedule.reuses(self.param_groups[0][STEP]))
+                passes.finish(self.param_groups, self.state, scaling, self.schedule.reuses)
                 self._progress.stepped()
             else:
                 passes.give_up(self.param_groups)

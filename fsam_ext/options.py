@@ -183,6 +183,8 @@ def _is_number(value: Any) -> bool:
 
 def _is_length(value: Any) -> bool:
     """Whether this is a number of at least 0; what a tensor holds is known on its device only."""
+    if type(value) is float:  # asked in every step
+        return 0.0 <= value < math.inf
     return _is_number(value) and (isinstance(value, Tensor) or value >= 0)
 
 

@@ -47,7 +47,7 @@ class Schedule:
     def ascends(self, step: int) -> bool:
         """Whether step number ``step`` makes an ascent."""
         started = _reached(self.start, step, otherwise=True)
-        first = self.start if isinstance(self.start, Integral) else 0
+        first = 0 if self.start is None or callable(self.start) else self.start
         return started and not _reached(self.end, step, otherwise=False) and (step - first) % self.every == 0
 
     def reuses(self, step: int) -> bool:

@@ -22,16 +22,18 @@ STORED = [
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for stored in (torch.bfloat16, torch.int8)
 ]
+# How what is kept of gradients is stored.
+KEPT = [*PLAIN, *(pytest.param(*param.values, id=param.id) for param in STORED if param.values[1] == torch.bfloat16)]
 KINDS = list(itertools.product(["none", "previous", "updated"], [False, True]))
 
 
 class Problem:
     """Tensors for every op, of the given sizes; with ``shift``, parameters, gradients and state are misaligned.
 
-    ``stored``: the dtype of a compressed average, bfloat16 or int8.
+    ``stored``: the dtype of a compressed average, bfloat16 or int8; ``kept``: that of what is kept, bfloat16.
     """
 
-    def __init__(self, dtype, sizes, shift=0, seed=0, device="cpu", stored=None):
+    def __init__(self, dtype, sizes, shift=0, seed=0, device="cpu", stored=None, kept=None):
         generator = torch.Generator().manual_seed(seed)
         state = ops.compute_dtype(dtype)
 
@@ -62,12 +64,17 @@ class Problem:
         self.stats = torch.full([5], torch.nan, dtype=torch.float64, device=device)
         self.steps = torch.arange(float(len(sizes)), device=device)
         self.index = torch.arange(len(sizes), device=device)
+        self.kept = values(total, kept or state)[shift:]
+        self.sums, self.squares, self.one_sum = (
+            torch.tensor(numbers, dtype=torch.float64, device=device) for numbers in ([-0.7, 1.3], [2.0, 3.0], [0.0])
+        )
         self.corrections = torch.full([len(sizes), 2], torch.nan, dtype=state, device=device)
 
     def tensors(self):
         scales = [] if self.ema_scale is None else [self.ema_scale]
         flat = [self.ema, *scales, self.backup, self.first, self.second]
-        return [*self.params, *self.grads, *flat, self.stats, self.steps, self.corrections]
+        small = [self.stats, self.steps, self.corrections, self.sums, self.one_sum]
+        return [*self.params, *self.grads, *flat, self.kept, *small]
 
     def noise_norm(self, backend, kind="previous", adaptive=False):
         ema = None if kind == "none" else self.ema
@@ -77,27 +84,56 @@ class Problem:
         )  # fmt: skip
         return self.stats
 
-    def perturb(self, backend, kind="previous", adaptive=False):
+    def perturb(self, backend, kind="previous", adaptive=False, kept=None):
         ema = None if kind == "none" else self.ema
         backend.perturb(
             self.params, self.grads, self.offsets, ema, self.ema_scale, self.backup, self.stats, self.grad_scale,
-            0.0, self.rho, 0.9, 0.6, 1e-12, adaptive, kind == "updated", True, 0, None,
+            0.0, self.rho, 0.9, 0.6, 1e-12, adaptive, kind == "updated", True, 0, None, None, kept,
         )  # fmt: skip
 
-    def update_ema(self, backend):
+    def perturb_keeping(self, backend):
+        self.perturb(backend, kept=self.kept)
+
+    def update_ema(self, backend, *sums):
         backend.update_ema(
             self.params, self.grads, self.offsets, self.ema, self.ema_scale, self.stats, self.grad_scale,
-            self.found_inf, 0.6,
+            self.found_inf, 0.6, None, *sums,
         )  # fmt: skip
+
+    def update_ema_measuring(self, backend):
+        self.update_ema(backend, self.partials, self.one_sum)
+
+    def dots(self, backend):
+        backend.dots(
+            self.params, self.grads, self.offsets, self.kept, self.grad_scale, self.partials, self.sums
+        )  # fmt: skip
+
+    def project(self, backend):
+        backend.project(
+            self.params, self.grads, self.offsets, self.kept, self.sums, self.stats, self.grad_scale, self.found_inf,
+            self.partials, self.one_sum,
+        )  # fmt: skip
+
+    @property
+    def reused(self):
+        """The last arguments of an update that reuses what is kept."""
+        return (False, None, self.kept, self.squares, 0.3, 1e-12)
+
+    def reusing_sgd(self, backend, momentum=0.9):
+        self.sgd(backend, momentum, with_backup=False, more=self.reused)
+
+    def reusing_adam(self, backend):
+        self.adam(backend, with_backup=False, more=self.reused)
 
     def restore(self, backend):
         backend.restore(self.params, self.offsets, self.backup)
 
-    def sgd(self, backend, momentum=0.9, nesterov=False, maximize=False, with_backup=True):
+    def sgd(self, backend, momentum=0.9, nesterov=False, maximize=False, with_backup=True, more=()):
         backend.restore_sgd(
             self.params, self.grads, self.offsets, self.backup if with_backup else None,
             self.first if momentum else None, self.stats, self.grad_scale, self.found_inf,
             0.0, self.lr, momentum, 0.1, 0.01, nesterov, maximize, None,
+            *more,
         )  # fmt: skip
 
     def count_steps(self, backend):
@@ -105,12 +141,12 @@ class Problem:
             self.steps, self.index, self.corrections, self.stats, self.found_inf, 0.0, self.lr, 0.9, 0.999
         )
 
-    def adam(self, backend, decoupled=True, maximize=False, with_backup=True):
+    def adam(self, backend, decoupled=True, maximize=False, with_backup=True, more=()):
         self.count_steps(backend)
         backend.restore_adam(
             self.params, self.grads, self.offsets, self.backup if with_backup else None, self.first,
             self.second, self.corrections, self.stats, self.grad_scale, self.found_inf, 0.0,
-            self.lr, 0.9, 0.999, 1e-8, 0.01, decoupled, maximize, None,
+            self.lr, 0.9, 0.999, 1e-8, 0.01, decoupled, maximize, None, *more,
         )  # fmt: skip
 
     def adam_of_hard_cases(self, backend):

@@ -20,11 +20,11 @@ def place(memory: Memory, tensor: torch.Tensor) -> int:
     return memory.place(tensor.view(torch.uint8).numpy(), tensor.data_ptr() % 16)
 
 
-def values_of(problem: Problem, op: str, memory: Memory, chunks: int) -> dict:
+def values_of(problem: Problem, kernel: Kernel, memory: Memory, chunks: int) -> dict:
     """The fields of the kernel's arguments, as the methods of Problem hand them over by default."""
     names = (
         "ema", "backup", "first", "second", "stats", "partials", "steps", "index", "corrections", "grad_scale",
-        "found_inf", "rho", "lr",
+        "found_inf", "rho", "lr", "kept", "sums", "squares",
     )  # fmt: skip
     at = {name: place(memory, getattr(problem, name).reshape(-1)) for name in names}
     values = {
@@ -34,9 +34,13 @@ def values_of(problem: Problem, op: str, memory: Memory, chunks: int) -> dict:
         "members": len(problem.index), "rows": len(problem.corrections),
         "grad_scale": calls.number(1.0, at["grad_scale"]), "found_inf": calls.number(0.0, at["found_inf"]),
         "lr": calls.number(0.0, at["lr"]), "rho": calls.number(0.0, at["rho"], is_double=True),
-        "sigma": 0.9, "lmbda": 0.6, "dampening": 0.1, "weight_decay": 0.01,
+        "sums": at["sums"], "sigma": 0.9, "lmbda": 0.6, "dampening": 0.1, "weight_decay": 0.01,
     }  # fmt: skip
-    return values | ({"eps": 1e-8} if op == "restore_adam" else {})
+    if kernel.op in ("dots", "project") or kernel.variant == "keeping":
+        values["kept"] = calls.kept(at["kept"])
+    if kernel.variant == "reusing":
+        values |= {"backup": 0, "reused": {"v": calls.kept(at["kept"]), "squares": at["squares"]}}
+    return values | ({"eps": 1e-8} if kernel.op == "restore_adam" else {})
 
 
 def execute(problem: Problem, kernel: Kernel, entry: Entry, program: Program, span: int = 1) -> None:
@@ -50,7 +54,7 @@ def execute(problem: Problem, kernel: Kernel, entry: Entry, program: Program, sp
         addresses = [place(memory, tensor) if numel else 0 for tensor in (param, grad)]
         rows.append(Row(*addresses, numel, int(problem.offsets[i]), i if kernel.op == "restore_adam" else chunks))
         chunks += ops.count_chunks([numel])
-    values = values_of(problem, kernel.op, memory, chunks)
+    values = values_of(problem, kernel, memory, chunks)
     if kernel.has_table:
         table, blocks = calls.table(rows, calls.capacity_of(entry.shown), span)
     else:

@@ -20,7 +20,7 @@ def model_of(*shapes):
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"rho": -0.1}, r"rho must be a finite number of at least 0, not -0.1"),
+        ({"rho": -0.1}, r"rho must be a finite number of at least 0, or a function of the step.s number, not -0.1"),
         ({"rho": float("nan")}, r"rho must be .* not nan"),
         ({"rho": "big"}, r"rho must be .* not 'big'"),
         ({"rho": torch.ones(2)}, r"rho must be .* shape \(2,\)"),

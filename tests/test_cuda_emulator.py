@@ -13,7 +13,18 @@ import torch
 from fsam_ext.backends import resolve
 
 from . import cuda_emulation
-from .cuda_problem import DTYPES, KINDS, PLAIN, SIZES, STORED, Problem, bits, same_bits, same_values_on_and_off_bounds
+from .cuda_problem import (
+    DTYPES,
+    KEPT,
+    KINDS,
+    PLAIN,
+    SIZES,
+    STORED,
+    Problem,
+    bits,
+    same_bits,
+    same_values_on_and_off_bounds,
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +95,46 @@ def test_averages_have_the_same_bits_as_on_the_cpu(emulated, cpu, op, dtype, sto
     assert_same_bits_as_cpu(emulated, cpu, op, dtype, SIZES, shift, stored=stored)
 
 
+KEEPING = [Problem.perturb_keeping, Problem.reusing_sgd, Problem.reusing_adam]
+SUMMING = [Problem.dots, Problem.project, Problem.update_ema_measuring]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype, kept", KEPT)
+@pytest.mark.parametrize("op", KEEPING, ids=lambda op: op.__name__)
+def test_what_is_kept_and_reused_has_the_same_bits_as_on_the_cpu(emulated, cpu, op, dtype, kept, shift):
+    assert_same_bits_as_cpu(emulated, cpu, op, dtype, SIZES, shift, kept=kept)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype, kept", KEPT)
+def test_directions_have_the_same_bits_as_on_the_cpu(emulated, cpu, dtype, kept, shift):
+    """And so has the average beside a norm: the norms themselves are sums, whose order is each backend's own."""
+
+    def run(problem, backend):
+        problem.project(backend)
+        problem.update_ema_measuring(backend)
+        problem.one_sum.zero_()
+
+    assert_same_bits_as_cpu(emulated, cpu, run, dtype, SIZES, shift, kept=kept)
+
+
+@pytest.mark.parametrize("dtype, kept", KEPT)
+@pytest.mark.parametrize("op", SUMMING, ids=lambda op: op.__name__)
+def test_sums_of_a_reuse_have_the_same_bits_in_any_order(emulated, monkeypatch, op, dtype, kept):
+    def sums():
+        problem = Problem(dtype, SIZES, kept=kept)
+        problem.stats.fill_(1)
+        op(problem, emulated)
+        return torch.cat([bits(problem.partials), bits(problem.sums), bits(problem.one_sum)])
+
+    expected = sums()
+    for seed, threads in [(1, 1), (0, 2), (3, 4)]:
+        monkeypatch.setenv("FSAM_EMULATION_SEED", str(seed))
+        monkeypatch.setenv("FSAM_EMULATION_THREADS", str(threads))
+        assert torch.equal(sums(), expected)
+
+
 @pytest.mark.parametrize("kind, adaptive", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_has_the_same_bits_in_any_order(emulated, monkeypatch, dtype, kind, adaptive):
@@ -115,10 +166,10 @@ def test_more_rows_than_a_table_takes(emulated, cpu, monkeypatch, seed, threads)
     assert same_bits(ours, theirs)
 
 
-@pytest.mark.parametrize("count", [63, 64, 65, 800, 801])
-def test_tables_filled_to_the_brim(emulated, cpu, count):
-    run = lambda problem, backend: problem.adam(backend)  # noqa: E731
-    assert_same_bits_as_cpu(emulated, cpu, run, torch.float32, [9] * count)
+@pytest.mark.parametrize("count", [63, 64, 65, 256, 257, 800, 801])
+@pytest.mark.parametrize("op", [Problem.adam, Problem.reusing_adam], ids=lambda op: op.__name__)
+def test_tables_filled_to_the_brim(emulated, cpu, op, count):
+    assert_same_bits_as_cpu(emulated, cpu, op, torch.float32, [9] * count)
 
 
 def test_no_rows_give_zero_statistics(emulated):
@@ -126,8 +177,12 @@ def test_no_rows_give_zero_statistics(emulated):
         problem = Problem(torch.bfloat16, sizes)
         assert problem.noise_norm(emulated).tolist() == [0] * 5
         problem.stats.fill_(1)
-        for op in (problem.perturb, problem.restore, problem.sgd, problem.adam):
+        for op in (problem.perturb, problem.restore, problem.sgd, problem.adam, problem.reusing_sgd):
             op(emulated)
+        problem.one_sum.fill_(1)
+        for op in (problem.dots, problem.project, problem.update_ema_measuring):
+            op(emulated)
+        assert problem.sums.tolist() == [0, 0] and problem.one_sum.tolist() == [0]
 
 
 def test_zero_dimensional_and_channels_last(emulated, cpu):
@@ -163,9 +218,13 @@ def test_chunks_have_the_same_sums_in_blocks_of_any_number(emulated, dtype):
         for part, source in zip(getattr(cut, name), getattr(whole, name)[0].split(4096), strict=True):
             part.copy_(source)
     cut.ema.copy_(whole.ema)
-    sums = [problem.noise_norm(emulated).clone() for problem in (whole, cut)]
-    assert torch.equal(bits(whole.partials), bits(cut.partials))
-    assert torch.equal(bits(sums[0]), bits(sums[1]))
+    cut.kept.copy_(whole.kept)
+    for op in (Problem.noise_norm, *SUMMING):
+        for problem in (whole, cut):
+            problem.partials.fill_(torch.nan)
+            op(problem, emulated)
+        for name in ("partials", "stats", "sums", "one_sum"):
+            assert torch.equal(bits(getattr(whole, name)), bits(getattr(cut, name))), (op.__name__, name)
 
 
 # ---- The emulator itself: each planted bug has to be caught ---------------------------------------
@@ -240,7 +299,7 @@ def test_kernels_are_clean_under_sanitizers():
             "no:cacheprovider",
             __file__,
             "-k",
-            "TestSameBitsAsCpu or any_order or alignment or brim or zero",
+            "TestSameBitsAsCpu or kept or directions or any_order or alignment or brim or zero",
         ],  # fmt: skip
         text=True,
         capture_output=True,

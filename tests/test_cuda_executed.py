@@ -42,6 +42,13 @@ def test_executed_main_loops_move_16_bytes_at_once(executed):
             assert figure.moved_bytes == gpu_model.bytes_per_parameter(figure.op, figure.dtype), str(figure)
 
 
+def test_a_lane_asks_for_all_its_groups_before_it_waits(executed):
+    """16 parameters, and 8 of Adam's four operands: NOTE [groups of 16 bytes] in csrc/cuda/memory.cuh."""
+    for figure in executed:
+        if figure.op in gpu_model.MOVED:
+            assert figure.under_way >= (8 if figure.op.startswith("restore_adam") else 16), str(figure)
+
+
 def test_no_pass_is_near_the_issue_limit(executed):
     """Half of what there is time for on an H200 at 4.3 TB/s: NOTE [issue limit] in bench/gpu_model.py.
 
@@ -71,6 +78,8 @@ def test_every_pass_leaves_issue_slots_on_the_gpu_of_its_binary(executed):
 BEFORE_FIRST_LOAD = {
     "noise_norm": (140, 170), "perturb": (170, 200), "update_ema": (130, 160), "restore": (120, 150),
     "restore_sgd": (170, 200), "restore_adam": (200, 230), "count_steps": (30, 30),
+    "perturb_keeping": (180, 210), "dots": (140, 170), "project": (140, 170), "update_ema_measuring": (130, 160),
+    "restore_sgd_reusing": (190, 220), "restore_adam_reusing": (220, 250),
 }  # fmt: skip
 
 

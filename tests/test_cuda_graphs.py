@@ -230,3 +230,32 @@ def test_state_is_not_made_in_a_capture(base, log):
     eager_step(model, optimizer, *batch)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         eager_step(model, optimizer, *batch)
+
+
+@pytest.mark.parametrize("options", [{}, {"sigma": 0.0}, {"reuse_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("groups", (1, 2))
+def test_a_graph_for_each_kind_of_step_of_a_schedule_with_reuse(groups, options, log):
+    data = some_batches(torch.float32, 9)
+    models = [network(torch.float32, False) for _ in range(2)]
+
+    def make(model):
+        params = list(model.parameters())
+        split = [{"params": params[i::groups]} for i in range(groups)]
+        return FriendlySAM(split, torch.optim.AdamW, lr=torch.tensor(0.1), every=2, reuse=0.4, **options)
+
+    optimizer, twin = map(make, models)
+    x, y = (part.clone() for part in data[0])
+    for _ in range(2):
+        eager_step(models[0], optimizer, x, y)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]  # a step with an ascent, and one without
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            eager_step(models[0], optimizer, x, y)
+    for number, batch in enumerate([data[0]] * 2 + data[1:]):
+        eager_step(models[1], twin, *batch)
+        if number > 1:
+            x.copy_(batch[0]), y.copy_(batch[1])
+            graphs[number % 2].replay()
+    assert_same(models[0], optimizer, models[1], twin)
+    norms = [one.param_groups[0]["fsam_reuse_sq"] for one in (optimizer, twin)]
+    assert identical(*norms) and norms[0] > 0

@@ -96,7 +96,11 @@ def test_the_passes_are_calls_of_the_ops(layout):
     """Here on the CPU: a signature that changed would else be noticed on the first GPU."""
     device = torch.device("cpu")
     made = gpu_check.Passes(passes.serving("cuda", device), device, torch.float32, 8192, layout)
-    expected = {"noise_norm": 8, "perturb": 24, "restore": 8, "restore_sgd": 20, "count_steps": 0, "restore_adam": 28}
+    expected = {
+        "noise_norm": 8, "perturb": 24, "restore": 8, "restore_sgd": 20, "count_steps": 0, "restore_adam": 28,
+        "perturb_keeping": 28, "dots": 8, "project": 12, "update_ema_measuring": 12, "restore_sgd_reusing": 24,
+        "restore_adam_reusing": 32,
+    }  # fmt: skip
     assert {name: nbytes for name, (_, nbytes) in made.calls.items()} == expected
     for call, _ in made.calls.values():
         call()

@@ -139,6 +139,42 @@ def test_a_tensor_that_was_transposed_over_its_memory_counts(how):
     assert all(map(identical, trained(lambda optimizer: edit(optimizer, how), ((3, 3),)), expected))
 
 
+LATER = {"kept": lambda value, new: value.copy_(new), "transposed": lambda value, _: value.copy_(value.t().clone())}
+
+
+@pytest.mark.parametrize("how", ("let go", "kept", "transposed"))
+@pytest.mark.parametrize("base, name", ((AdamW, "exp_avg"), (SGD, "momentum_buffer"), (NAdam, "fsam_ema")))
+def test_other_memory_between_the_passes(base, name, how):
+    """The second pass writes to where the tensor lay, unless that memory is gone: then it sees what replaces it."""
+
+    def run(edited):
+        param, kept = Parameter(drawn((3, 3), seed=1)), []
+        options = MOMENTUM if base is SGD else {"lr": 0.05}
+        optimizer = FriendlySAM([param], base, rho=0.05, **options)
+        for number in range(6):
+            later = []
+
+            def between(later=later):
+                value = optimizer.state[param][name]
+                new = value * 0.5
+                if how == "let go":
+                    value.copy_(new) if not edited else setattr(value, "data", new)
+                elif not edited:
+                    later.append((value, new))
+                elif how == "kept":
+                    kept.append(value.data)
+                    value.data = new
+                else:
+                    value.t_()
+
+            step(optimizer, number, between if number in (2, 4) else lambda: None)
+            for value, new in later:
+                LATER[how](value, new)
+        return everything(optimizer)
+
+    assert all(map(identical, run(True), run(False)))
+
+
 @pytest.mark.parametrize("moment", ("between", "pre hook", "in the block", "after the block"))
 @pytest.mark.parametrize("base, options", [(SGD, MOMENTUM), (AdamW, {"lr": 0.05}), (NAdam, {"lr": 0.05})])
 def test_state_edited_within_a_step_counts(base, options, moment):

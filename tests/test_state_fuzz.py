@@ -31,6 +31,8 @@ BASES: list[tuple[Any, dict[str, Any]]] = [
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 MOMENTS = ("before", "between", "in the first closure", "in the second closure", "in the block", "after the block")
+# Between the two passes of a step.
+WITHIN = ("between", "in the second closure", "in the block", "after the block", "in a hook between")
 WAYS = ("by hand", "block", "closure")
 STEPS = 24  # of one program
 
@@ -66,6 +68,8 @@ class Program:
         seed = rng.randrange(2**31)
         if rng.random() < 0.5:
             edit = rng.choice(programs.TENSOR_EDITS)
+            while moment in WITHIN and edit in programs.SEEN_BY_THE_NEXT_STEP:
+                edit = rng.choice(programs.TENSOR_EDITS)
             base = self.ours.base
             i = rng.randrange(len(self.ours.params))
             name = rng.choice((*SHAPED[base], *NUMBERS.get(base, ()), EMA))
@@ -115,7 +119,7 @@ class Program:
         if skipped:
             rng.choice(poisoned).fill_(rng.choice((torch.inf, torch.nan)))
             self.log.append("  first gradient not finite")
-        hooked = self.hook()
+        hooked = self.hook("in a hook between" if way in ("by hand", "block") else "in a hook")
         if way in WAYS:
             getattr(self, way.replace(" ", "_"))(first, second, skipped)
         else:
@@ -126,9 +130,9 @@ class Program:
         hooked.remove()
         self.compare()
 
-    def hook(self) -> Any:
+    def hook(self, moment: str) -> Any:
         """A step pre-hook that may edit; torch's side makes the same edit before its step."""
-        self.in_hook = self.edits("in a hook", 0.2)
+        self.in_hook = self.edits(moment, 0.2)
 
         def pre_hook(optimizer, args, kwargs):
             self.both(self.in_hook)

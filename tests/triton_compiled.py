@@ -28,24 +28,31 @@ NAMES = (*ops.NAMES, "sum_partials")
 ASCENT = ("noise_norm", "perturb", "update_ema")  # whose m is the average
 
 # What a kernel may be compiled for beside the plain case: no average or one in another dtype, masters (which an update
-# may have adopt what others wrote), stochastic rounding, and the sums that tell the effect of a perturbation.
+# may have adopt what others wrote), stochastic rounding, the sums that tell the effect of a perturbation, what is kept
+# of gradients or reused, in the dtype of the state or in bfloat16, and the gradient's squared norm.
 VARIANTS = {
     "noise_norm": ("none", "bfloat16", "int8"),
-    "perturb": ("none", "bfloat16", "int8", "masters", "effect"),
-    "update_ema": ("bfloat16", "int8"),
+    "perturb": ("none", "bfloat16", "int8", "masters", "effect", "kept", "kept bfloat16"),
+    "update_ema": ("bfloat16", "int8", "norm"),
+    "dots": ("bfloat16",),
+    "project": ("bfloat16",),
     "restore": ("masters",),
-    "restore_sgd": ("masters", "adopts", "rounding"),
-    "restore_adam": ("masters", "adopts", "rounding"),
+    "restore_sgd": ("masters", "adopts", "rounding", "reused", "reused bfloat16"),
+    "restore_adam": ("masters", "adopts", "rounding", "reused", "reused bfloat16"),
 }
 OF_MASTERS = ("masters", "adopts")
 OF_HALVES = (*OF_MASTERS, "rounding")  # only 16-bit parameters have these
+ONE_TILE = ("noise_norm", "dots")  # take a chunk at once
 SMALL = ("count_steps", "sum_partials")  # touch small tensors only, in the dtype of the state
 
-# Tensors that a pass reads and writes at full length: w, g, the backup b; state m (the average or a momentum) and v.
+# Tensors that a pass reads and writes at full length: w, g, the backup b; state m (the average or a momentum) and v;
+# k is what is kept or reused.
 READS = {
     "noise_norm": "gm",
     "perturb": "wgm",
     "update_ema": "gm",
+    "dots": "gk",
+    "project": "gk",
     "restore": "b",
     "restore_sgd": "bgm",
     "restore_adam": "bgmv",
@@ -54,6 +61,8 @@ WRITES = {
     "noise_norm": "",
     "perturb": "wbm",
     "update_ema": "m",
+    "dots": "",
+    "project": "k",
     "restore": "w",
     "restore_sgd": "wm",
     "restore_adam": "wmv",
@@ -66,21 +75,30 @@ WRITES_OF_MASTERS = {"perturb": "wm", "restore_sgd": "wbm", "restore_adam": "wbm
 
 def reads(name: str, variant: str) -> str:
     tensors = READS_OF_MASTERS.get(name, READS[name]) if variant in OF_MASTERS else READS.get(name, "")
-    tensors += "w" if variant == "adopts" else ""
+    tensors += "w" if variant == "adopts" else "k" if variant.startswith("reused") else ""
     return tensors.replace("m", "") if variant == "none" else tensors
 
 
 def writes(name: str, variant: str) -> str:
     tensors = WRITES_OF_MASTERS.get(name, WRITES[name]) if variant in OF_MASTERS else WRITES.get(name, "")
+    tensors += "k" if variant.startswith("kept") else ""
     return tensors.replace("m", "") if variant == "none" else tensors
 
 
 def tensor_dtypes(name: str, dtype: str, variant: str) -> dict[str, torch.dtype]:
-    """The dtypes of w, g, b, m and v."""
+    """The dtypes of w, g, b, m, v and k."""
     stored = getattr(torch, dtype)
     state = ops.compute_dtype(stored)
     average = getattr(torch, variant) if name in ASCENT and variant in ("bfloat16", "int8") else state
-    return {"w": stored, "g": stored, "b": state if variant in OF_MASTERS else stored, "m": average, "v": state}
+    backup = state if variant in OF_MASTERS else stored
+    kept = torch.bfloat16 if variant.endswith("bfloat16") else state
+    return {"w": stored, "g": stored, "b": backup, "m": average, "v": state, "k": kept}
+
+
+def bytes_moved(op: str, dtype: str, variant: str) -> int:
+    """What a pass reads and writes for each parameter."""
+    dtypes = tensor_dtypes(op, dtype, variant)
+    return sum(dtypes[tensor].itemsize for tensor in reads(op, variant) + writes(op, variant))
 
 
 def arguments(op: str, dtype: str, variant: str, table: bool) -> tuple:
@@ -99,15 +117,23 @@ def arguments(op: str, dtype: str, variant: str, table: bool) -> tuple:
     effect = torch.zeros(2, ops.EFFECT, dtype=state) if variant == "effect" else None
     rounding = torch.zeros(2, dtype=torch.int64) if variant == "rounding" else None
     forward = 1 if variant == "effect" else 0
+    kept = torch.zeros(numel, dtype=types["k"])
+    squares = torch.ones(2, dtype=torch.float64)
+    reused = (kept, squares, 0.3, 1e-12) if variant.startswith("reused") else ()
     rows = (params, grads, offsets)
     adam = (0.1, None, 0.9, 0.999)
     return {
         "noise_norm": (*rows, average, scale, None, 0.9, 0.9, False, False, partials, stats),
         "perturb": (
             *(*rows, average, scale, backup, stats, None, 0.1, None, 0.9, 0.9, 0.0),
-            *(False, False, True, forward, effect),
+            *(False, False, True, forward, effect, None, kept if variant.startswith("kept") else None),
         ),
-        "update_ema": (*rows, average, scale, stats, None, None, 0.9),
+        "update_ema": (
+            *(*rows, average, scale, stats, None, None, 0.9),
+            *((None, partials, squares) if variant == "norm" else ()),
+        ),
+        "dots": (*rows, kept, None, partials, squares),
+        "project": (*rows, kept, squares, stats, None, None, partials, torch.zeros(1, dtype=torch.float64)),
         "restore": (params, offsets, backup),
         "restore_sgd": (
             *(
@@ -126,12 +152,14 @@ def arguments(op: str, dtype: str, variant: str, table: bool) -> tuple:
                 False,
                 rounding,
                 variant == "adopts",
+                None,
+                *reused,
             ),
         ),
         "count_steps": (torch.zeros(2), torch.arange(len(shapes)), corrections, stats, None, *adam),
         "restore_adam": (
             *(*rows, backup, first, second, corrections, stats, None, None, *adam, 1e-8, 0.01),
-            *(False, False, rounding, variant == "adopts"),
+            *(False, False, rounding, variant == "adopts", None, *reused),
         ),
     }[op]
 
@@ -150,7 +178,7 @@ def compiled(name: str, dtype: str, variant: str, target: str, table: bool = Tru
 def vector_accesses(name: str, dtype: str, tensors: str, variant: str = "") -> int:
     """128-bit accesses that one thread needs for its elements of ``tensors`` in one tile, narrower ones left out."""
     torch_dtype = getattr(torch, dtype)
-    elements = ops.CHUNK if name == "noise_norm" else launch.tile(torch_dtype)
+    elements = ops.CHUNK if name in ONE_TILE else launch.tile(torch_dtype)
     per_thread = elements // launch.threads(name, torch_dtype)
     dtypes = tensor_dtypes(name, dtype, variant)
     return sum(per_thread * dtypes[tensor].itemsize // 16 for tensor in tensors)
@@ -197,6 +225,11 @@ def amd_facts(kernel) -> dict[str, int]:
     }
 
 
+def summed_layouts(layouts: str) -> set[str]:
+    """The register layouts of what is reduced."""
+    return set(re.findall(r"#blocked\d*", " ".join(re.findall(r"(?m)^\s*\}\) : \((.*)\) ->", layouts))))
+
+
 def facts(name: str, dtype: str, variant: str, target: str, table: bool = True) -> dict[str, Any]:
     kernel = compiled(name, dtype, variant, target, table)
     layouts = kernel.asm["ttgir"]
@@ -205,6 +238,7 @@ def facts(name: str, dtype: str, variant: str, target: str, table: bool = True) 
         "shared": kernel.metadata.shared,
         "parameters": kernel_parameters(kernel),
         "passed": sum(kind != "constexpr" for kind in kernel.src.signature.values()),
+        "summed_layouts": len(summed_layouts(layouts)),
         "register_layouts": _count(r"(?m)^#blocked\w* = ", layouts) + _count("convert_layout", layouts),
     }
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from bench import gpu, measure, rows
-from bench.gpu_model import MOVED
+from bench.gpu_model import MOVED, REUSE
 from fsam_ext.backends import CANDIDATES, ops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OPS = ("noise_norm", "perturb", "restore", "restore_sgd", "count_steps", "restore_adam")
+PROFILED = ("noise_norm", "perturb", "restore", "restore_sgd", "count_steps", "restore_adam")
+OPS = (*PROFILED, *REUSE)
 # Parameters of one tensor, or cut into tensors of 256 elements: the smallest that models have many of.
 TINY = 256
 # (dtype, parameters, layout) in the order of their worth: a run that is cut short has the first ones.
@@ -26,7 +27,7 @@ CASES = [
 ]
 DRY_CASES = [("fp32", 8192, "flat"), ("bf16", 8192, "flat"), ("fp32", 2 * TINY, "tiny")]
 # Bytes for each parameter that tensors and the copy beside them may take.
-ROOM = 40
+ROOM = 44
 LARGEST_COPY = 1 << 31
 SHARE = "share of a copy's bandwidth"
 
@@ -59,6 +60,10 @@ class Passes:
         self.offsets = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
         self.first, self.second = (torch.rand(self.numel, dtype=state, device=device) for _ in range(2))
         self.backup = self.params[0].new_zeros(self.numel)
+        self.kept = torch.rand(self.numel, dtype=state, device=device)
+        self.sums, self.squares, self.one_sum = (
+            torch.tensor(values, dtype=torch.float64, device=device) for values in ([-0.7, 1.3], [2.0, 3.0], [0.0])
+        )
         self.partials = torch.empty(5 * ops.count_chunks(sizes), dtype=state, device=device)
         self.stats = torch.ones(5, dtype=torch.float64, device=device)
         self.steps = torch.ones(len(sizes), device=device)
@@ -75,31 +80,59 @@ class Passes:
             self.stats,
         )  # fmt: skip
 
-    def perturb(self) -> None:
+    def perturb(self, *more: Any) -> None:
         self.backend.perturb(
             self.params, self.grads, self.offsets, self.first, None, self.backup, self.stats, None,
-            1e-3, None, 1.0, 0.9, 1e-12, False, False, True, 0, None,
+            1e-3, None, 1.0, 0.9, 1e-12, False, False, True, 0, None, *more,
         )  # fmt: skip
+
+    def perturb_keeping(self) -> None:
+        self.perturb(None, self.kept)
+
+    def dots(self) -> None:
+        self.backend.dots(self.params, self.grads, self.offsets, self.kept, None, self.partials, self.sums)
+
+    def project(self) -> None:
+        self.backend.project(
+            self.params, self.grads, self.offsets, self.kept, self.sums, self.stats, None, None, self.partials,
+            self.one_sum,
+        )  # fmt: skip
+
+    def update_ema_measuring(self) -> None:
+        self.backend.update_ema(
+            self.params, self.grads, self.offsets, self.first, None, None, None, None, 0.9, None, self.partials,
+            self.one_sum,
+        )  # fmt: skip
+
+    def reused(self) -> tuple:
+        """The last arguments of an update between two ascents."""
+        return (False, None, self.kept, self.squares, 0.3, 1e-12)
 
     def restore(self) -> None:
         self.backend.restore(self.params, self.offsets, self.backup)
 
-    def restore_sgd(self) -> None:
+    def restore_sgd(self, *more: Any) -> None:
         self.backend.restore_sgd(
-            self.params, self.grads, self.offsets, self.backup, self.first, self.stats, None, None,
-            1e-3, None, 0.9, 0.0, 1e-4, False, False, None,
+            self.params, self.grads, self.offsets, None if more else self.backup, self.first, self.stats, None, None,
+            1e-3, None, 0.9, 0.0, 1e-4, False, False, None, *more,
         )  # fmt: skip
+
+    def restore_sgd_reusing(self) -> None:
+        self.restore_sgd(*self.reused())
 
     def count_steps(self) -> None:
         self.backend.count_steps(
             self.steps, self.index, self.corrections, self.stats, None, 1e-3, None, 0.9, 0.999
         )  # fmt: skip
 
-    def restore_adam(self) -> None:
+    def restore_adam(self, *more: Any) -> None:
         self.backend.restore_adam(
-            self.params, self.grads, self.offsets, self.backup, self.first, self.second, self.corrections, self.stats,
-            None, None, 1e-3, None, 0.9, 0.999, 1e-8, 0.01, True, False, None,
+            self.params, self.grads, self.offsets, None if more else self.backup, self.first, self.second,
+            self.corrections, self.stats, None, None, 1e-3, None, 0.9, 0.999, 1e-8, 0.01, True, False, None, *more,
         )  # fmt: skip
+
+    def restore_adam_reusing(self) -> None:
+        self.restore_adam(*self.reused())
 
 
 def serving(name: str, device: torch.device) -> Any:
@@ -163,11 +196,11 @@ def bandwidths(name: str, device: torch.device, case: tuple[str, int, str], seco
 
 
 def once(name: str, device: torch.device, cases: list[tuple[str, int, str]]) -> None:
-    """Every pass of some cases once, for a profiler."""
+    """Passes of some cases once, for a profiler: by kernels' names those of a reuse cannot be told from the others."""
     for dtype, numel, layout in cases:
         passes = Passes(serving(name, device), device, DTYPES[dtype], numel, layout)
-        for call, _ in passes.calls.values():
-            call()
+        for op in PROFILED:
+            passes.calls[op][0]()
     if gpu.serves(device):
         torch.cuda.synchronize()
 

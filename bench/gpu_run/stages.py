@@ -157,7 +157,8 @@ def _training_steps(setting: Setting, seconds: float) -> list[str]:
 
 def _conformance(backend: str) -> Callable[[Setting, float], list[str]]:
     chosen = {"cuda": "cuda and not emulated", "triton": "triton and not compiled_code"}[backend]
-    files = ["tests/test_conformance.py", "tests/test_mixed_precision.py", "tests/test_count_steps.py"]
+    names = ("conformance", "mixed_precision", "count_steps", "reuse_ops", "reuse_updates")
+    files = [f"tests/test_{name}.py" for name in names]
     files += ["tests/test_triton.py"] if backend == "triton" else []
     dry = f"{'cpu' if backend == 'cuda' else backend} and edges_of_the_range"
 
@@ -181,7 +182,7 @@ def _sanitizer(tool: str) -> Callable[[Setting, float], list[str]]:
         path = find("compute-sanitizer", setting.environment.get("PATH"))
         if path is None:
             raise Missing("compute-sanitizer was not found: install the CUDA toolkit's, or add it to PATH")
-        tests = _pytest("tests/test_cuda_gpu.py", "-m", "gpu", "-k", "SameBitsAsCpu and bfloat16")
+        tests = _pytest("tests/test_cuda_gpu.py", "-m", "gpu", "-k", "(SameBitsAsCpu or kept_and_reused) and bfloat16")
         return [
             path, "--tool", tool, "--kernel-name", "kernel_substring=fsam", "--error-exitcode", "9",
             *tests, *(["--collect-only"] if setting.dry else []),

@@ -21,6 +21,7 @@ WARP_ROW = constant("kWarpRow")
 WARPS = constant("kWarps")
 THREADS = 32 * WARPS
 TABLES = tuple(constant(f"k{size}Table") for size in ("Small", "Middle", "Large"))
+REUSE_TABLES = (constant("kMiddleTable"),)
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,35 @@ class Kernel:
     template: str  # its arguments, where {T} is the type of the parameters
     threads: int = THREADS
     has_table: bool = True
+    tables: tuple[int, ...] = TABLES
+    variant: str = ""  # of the op, by the arguments that it gets
+
+    @property
+    def call(self) -> str:
+        """The op, and what is special about its arguments: a key of MOVED in bench/gpu_model.py."""
+        return "_".join(filter(None, [self.op, self.variant]))
 
     def name(self, storage: str, rows: int) -> str:
         """With its template arguments, for a type of parameters and the smallest table that takes so many rows."""
-        table = f"Table<{min(size for size in TABLES if size >= rows)}>"
+        table = f"Table<{min(size for size in self.tables if size >= rows)}>"
         return f"{self.op}_kernel<{self.template.format(T=storage, table=table)}>"
 
 
-# With an average in fp32, a backup and no masters; SGD with momentum.
+# With an average in fp32, a backup and no masters; SGD with momentum; kept in fp32, and without a backup between
+# ascents.
 KERNELS = [
     Kernel("noise_norm", "NoiseNormArguments", "{T}, float, false, {table}"),
     Kernel("perturb", "PerturbArguments", "{T}, float, false, {table}"),
-    Kernel("update_ema", "UpdateEmaArguments", "{T}, float, {table}"),
+    Kernel("update_ema", "UpdateEmaArguments", "{T}, float, false, {table}"),
     Kernel("restore", "RestoreArguments", "{T}, false, {table}"),
-    Kernel("restore_sgd", "SgdArguments", "{T}, false, true, {table}"),
-    Kernel("restore_adam", "AdamArguments", "{T}, false, {table}"),
+    Kernel("restore_sgd", "SgdArguments", "{T}, false, true, false, {table}"),
+    Kernel("restore_adam", "AdamArguments", "{T}, false, false, {table}"),
+    Kernel("perturb", "PerturbArguments", "{T}, float, false, {table}", variant="keeping"),
+    Kernel("dots", "DotsArguments", "{T}, {table}", tables=REUSE_TABLES),
+    Kernel("project", "ProjectArguments", "{T}, {table}", tables=REUSE_TABLES),
+    Kernel("update_ema", "UpdateEmaArguments", "{T}, float, true, {table}", tables=REUSE_TABLES, variant="measuring"),
+    Kernel("restore_sgd", "SgdArguments", "{T}, false, true, true, {table}", tables=REUSE_TABLES, variant="reusing"),
+    Kernel("restore_adam", "AdamArguments", "{T}, false, true, {table}", tables=REUSE_TABLES, variant="reusing"),
 ]
 COUNT_STEPS = Kernel("count_steps", "CountArguments", "float", 128, False)  # compiled with the kernels of fp32
 STORAGE = {"fp32": "float", "bf16": "fsam::bfloat16"}
@@ -62,6 +77,11 @@ def average(data: int) -> dict:
     return {"storage": 1 if data else 0, "data": data, "scales": 0}
 
 
+def kept(data: int) -> dict:
+    """A Kept of kept.h in the type of the arithmetic."""
+    return {"data": data, "narrow": False}
+
+
 # What a step hands over beside addresses: F-SAM with the defaults of the optimizer, SGD and AdamW as they are used.
 DEFAULTS = {
     "sigma": 1.0, "lmbda": 0.9, "updated": False, "adaptive": False, "feeds": True, "forward": 0, "eps": 1e-12,
@@ -69,6 +89,7 @@ DEFAULTS = {
     "beta1": 0.9, "beta2": 0.999, "decoupled": True,
     "grad_scale": number(1.0), "found_inf": number(0.0), "rho": number(0.05), "lr": number(0.1),
     "master": 0, "effect": 0, "rounding": 0, "adopts": False,
+    "kept": kept(0), "reused": {"v": kept(0), "squares": 0}, "reuse": 0.3, "reuse_eps": 1e-12,
 }  # fmt: skip
 
 
@@ -189,7 +210,8 @@ def default_block(kernel: Kernel, dtype: str, entry: Entry, model: Model) -> Blo
         return memory.place(data) - BLOCK * data.nbytes
 
     param, grad, backup = (window(dtype, fill) for fill in (1.0, 0.5, 1.25))
-    ema, first, second = (window("fp32", fill) for fill in (0.25, 0.5, 0.0625))
+    ema, first, second, direction = (window("fp32", fill) for fill in (0.25, 0.5, 0.0625, 0.125))
+    squares = memory.place(np.array([2.0, 3.0]))
     corrections = np.tile(np.array([1e-3, 0.5], np.float32), (max(len(model.sizes), kernel.threads), 1))
     values = {
         "ema": average(ema), "backup": backup, "momentum_buffer": first, "exp_avg": first, "exp_avg_sq": second,
@@ -197,7 +219,12 @@ def default_block(kernel: Kernel, dtype: str, entry: Entry, model: Model) -> Blo
         "slots": memory.place(np.zeros(5 * model.chunks, np.float32)), "chunks": model.chunks,
         "steps": memory.place(np.full(kernel.threads, 10, np.float32)),
         "index": memory.place(np.arange(kernel.threads)), "members": kernel.threads, "rows": kernel.threads,
+        "sums": squares,
     }  # fmt: skip
+    if kernel.op in ("dots", "project") or kernel.variant == "keeping":
+        values["kept"] = kept(direction)
+    if kernel.variant == "reusing":
+        values |= {"backup": 0, "reused": {"v": kept(direction), "squares": squares}}
     if kernel.op == "restore_adam":
         values |= {"weight_decay": 1e-2, "eps": 1e-8}
     if not kernel.has_table:

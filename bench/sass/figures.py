@@ -47,6 +47,7 @@ class Figures:
     cycles: Timeline
     moved_bytes: float  # by the main loop, for each parameter
     narrow: int  # accesses of less than 16 bytes in the main loop
+    under_way: float  # parameters whose loads a lane has all requested before it waits for one of them
     classes: dict[str, float]  # per parameter, in the main loop
     before_classes: dict[str, int]  # before the first load
 
@@ -66,20 +67,38 @@ def first_load(issued: list[Issue]) -> int:
     return next((i for i in loads if issued[i].ins.in_main_loop), loads[0])
 
 
+_WIDTHS = {"128": 16, "64": 8, "U16": 2}
+
+
+def under_way(issued: list[Issue]) -> int:
+    """Bytes that a lane has requested in the main loop before it waits for any of them."""
+    pending, requested = set(), 0
+    for issue in issued:
+        control = issue.ins.control
+        if any(control.waits >> scoreboard & 1 for scoreboard in pending):
+            break
+        if issue.ins.opcode == "LDG" and issue.ins.in_main_loop and not issue.guarded:
+            pending.add(control.sets)
+            requested += next((_WIDTHS[name] for name in issue.ins.modifiers if name in _WIDTHS), 4)
+    return requested
+
+
 def count(kernel: Kernel, dtype: str, arch: str, model: Model, walk: Walk) -> Figures:
     """The figures of a walk."""
     per = LANES / (CHUNK * model.span if kernel.has_table else kernel.threads)
     loops = [issued[slice(*main_loop(issued))] for issued in walk.issued]
     classes = Counter(class_of(issue.ins.opcode) for loop in loops for issue in loop)
     slowest = max(walk.issued, key=first_load)
-    accesses = [
-        "128" in issue.ins.modifiers
+    reached = [
+        issue.ins
         for loop in loops
         for issue in loop
         if issue.ins.opcode in ("LDG", "STG") and issue.ins.in_main_loop and not issue.guarded
     ]
+    accesses = ["128" in ins.modifiers for ins in reached]
+    loaded = 16 * sum(ins.opcode == "LDG" for ins in reached) * per
     return Figures(
-        kernel.op,
+        kernel.call,
         dtype,
         arch,
         model,
@@ -89,6 +108,7 @@ def count(kernel: Kernel, dtype: str, arch: str, model: Model, walk: Walk) -> Fi
         timeline(walk.issued),
         16 * sum(accesses) * per,
         len(accesses) - sum(accesses),
+        min(map(under_way, walk.issued)) / loaded if loaded else 0.0,
         {name: number * per for name, number in classes.most_common()},
         dict(Counter(class_of(issue.ins.opcode) for issue in slowest[: first_load(slowest)]).most_common()),
     )

@@ -35,8 +35,10 @@ class Field:
 
 @cache
 def _headers() -> str:
-    paths = [CSRC / "average.h", CSRC / "tensor_table.h", *sorted((CSRC / "cuda").glob("*.*h"))]
-    return re.sub(r"//[^\n]*", "", "\n".join(path.read_text() for path in paths))
+    shared = (CSRC / name for name in ("average.h", "kept.h", "tensor_table.h"))
+    paths = [*shared, *sorted((CSRC / "cuda").glob("*.*h"))]
+    text = re.sub(r"//[^\n]*", "", "\n".join(path.read_text() for path in paths))
+    return re.sub(r"\n[^;{}]*\boperator\b[^;{}]*\{[^{}]*\}", "", text)  # the one kind of method in plain structs
 
 
 @cache

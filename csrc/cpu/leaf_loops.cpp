@@ -71,6 +71,32 @@ FSAM_FN void for_averages(const AverageSlice<M>& ema, int64_t n, bool feeds, con
   }
 }
 
+// A group of lanes of what is kept. A branch that always goes the same way tells the type: loops of their own for each
+// would double all that reads or writes it.
+template <class T, class Access>
+FSAM_FN lanes_t<T> load_kept(const Kept& kept, int64_t i, Access access) {
+  using S = compute_t<T>;
+  if constexpr (sizeof(S) == 4) {
+    if (kept.narrow) return widen<bfloat16>(access.load(static_cast<const bfloat16*>(kept.data) + i));
+  }
+  return widen<S>(access.load(static_cast<const S*>(kept.data) + i));
+}
+
+// Returns what is stored.
+template <class T, class Access>
+FSAM_FN lanes_t<T> store_kept(const Kept& kept, int64_t i, Access access, bool stream, lanes_t<T> x) {
+  using S = compute_t<T>;
+  if constexpr (sizeof(S) == 4) {
+    if (kept.narrow) {
+      const Packed<bfloat16> low = narrow<bfloat16>(x);
+      put<bfloat16>(access, stream, static_cast<bfloat16*>(kept.data) + i, low);
+      return widen<bfloat16>(low);
+    }
+  }
+  put<S>(access, stream, static_cast<S*>(kept.data) + i, narrow<S>(x));
+  return x;
+}
+
 template <class T, class M>
 void noise_norm(const T* w, const T* g, const AverageSlice<M>& ema, int64_t n,
                 const AscentScalars<compute_t<T>>& scalars, compute_t<T>* out) {
@@ -116,9 +142,11 @@ FSAM_FN lanes_t<T> adopted_masters(Access access, const T* w, compute_t<T>* mast
   return fresh;
 }
 
-template <class T, class M, bool kMaster, bool kEffect>
+// kExtras: the effect is summed or the gradient kept, or both.
+template <class T, class M, bool kMaster, bool kExtras>
 void perturb(T* w, const T* g, const AverageSlice<M>& ema, T* backup, compute_t<T>* master, int64_t n,
-             const AscentScalars<compute_t<T>>& scalars, bool feeds, Forward forward, compute_t<T>* out, bool stream) {
+             const AscentScalars<compute_t<T>>& scalars, bool feeds, Forward forward, compute_t<T>* out, Kept kept,
+             bool stream, bool stream_kept) {
   using V = lanes_t<T>;
   using S = compute_t<T>;
   const AscentScalars<S> s = scalars;
@@ -140,11 +168,14 @@ void perturb(T* w, const T* g, const AverageSlice<M>& ema, T* backup, compute_t<
         const Packed<T> after = narrow<T>(start + intended);
         access.store(w + i, after);
         if constexpr (!kMaster) put(access, stream, backup + i, before);
-        if constexpr (kEffect) accumulate(effect, seen(after, forward) - seen(before, forward), intended);
+        if constexpr (kExtras) {
+          if (kept) store_kept<T>(kept, i, access, stream_kept, gradient);
+          if (out) accumulate(effect, seen(after, forward) - seen(before, forward), intended);
+        }
         return ema_update(average, gradient, s.lmbda, s.one_minus_lmbda);
       });
   stream_fence();
-  if constexpr (kEffect) {
+  if (kExtras && out) {
     out[0] = sum(effect.effective_sq);
     out[1] = sum(effect.effective_dot_intended);
     out[2] = sum(effect.intended_sq);
@@ -169,51 +200,13 @@ void update_ema(const T* g, const AverageSlice<M>& ema, int64_t n, const AscentS
   if constexpr (kSquare) out[0] = sum(squares);
 }
 
-// ---- What is kept for reuse. A branch that always goes the same way tells the type: loops for each would double all
-// that reads or writes it, and are no faster.
-
-template <class T, class Access>
-FSAM_FN lanes_t<T> load_kept(const Kept& kept, int64_t element, Access access) {
-  using S = compute_t<T>;
-  if constexpr (sizeof(S) == 4) {
-    if (kept.narrow) return widen<bfloat16>(access.load(static_cast<const bfloat16*>(kept.data) + element));
-  }
-  return widen<S>(access.load(static_cast<const S*>(kept.data) + element));
-}
-
-// Returns what is stored.
-template <class T, class Access>
-FSAM_FN lanes_t<T> store_kept(const Kept& kept, int64_t element, Access access, bool stream, lanes_t<T> x) {
-  using S = compute_t<T>;
-  if constexpr (sizeof(S) == 4) {
-    if (kept.narrow) {
-      const Packed<bfloat16> low = narrow<bfloat16>(x);
-      put<bfloat16>(access, stream, static_cast<bfloat16*>(kept.data) + element, low);
-      return widen<bfloat16>(low);
-    }
-  }
-  put<S>(access, stream, static_cast<S*>(kept.data) + element, narrow<S>(x));
-  return x;
-}
-
 template <class T>
-void keep(const T* g, const Kept& kept_, int64_t at, int64_t n, compute_t<T> inverse_scale, bool stream) {
-  const Kept kept = kept_;
-  for_lanes<T>(
-      n, FSAM_BODY {
-        store_kept<T>(kept, at + i, access, stream, unscaled(widen<T>(access.load(g + i)), inverse_scale));
-      });
-  stream_fence();
-}
-
-template <class T>
-void dots(const T* g, const Kept& kept_, int64_t at, int64_t n, compute_t<T> inverse_scale, compute_t<T>* out) {
+void dots(const T* g, Kept kept, int64_t n, compute_t<T> inverse_scale, compute_t<T>* out) {
   using V = lanes_t<T>;
-  const Kept kept = kept_;
   V product(0), square(0);
   for_lanes<T>(
       n, FSAM_BODY {
-        const V k = load_kept<T>(kept, at + i, access);
+        const V k = load_kept<T>(kept, i, access);
         product = product + unscaled(widen<T>(access.load(g + i)), inverse_scale) * k;
         square = square + k * k;
       });
@@ -222,16 +215,14 @@ void dots(const T* g, const Kept& kept_, int64_t at, int64_t n, compute_t<T> inv
 }
 
 template <class T>
-void project(const T* g, const Kept& kept_, int64_t at, int64_t n, compute_t<T> inverse_scale, compute_t<T> part,
-             compute_t<T>* out) {
+void project(const T* g, Kept kept, int64_t n, compute_t<T> inverse_scale, compute_t<T> part, compute_t<T>* out) {
   using V = lanes_t<T>;
-  const Kept kept = kept_;
   V square(0);
   for_lanes<T>(
       n, FSAM_BODY {
         const V gradient = unscaled(widen<T>(access.load(g + i)), inverse_scale);
-        const V direction = gradient - part * load_kept<T>(kept, at + i, access);
-        const V stored = store_kept<T>(kept, at + i, access, false, direction);
+        const V direction = gradient - part * load_kept<T>(kept, i, access);
+        const V stored = store_kept<T>(kept, i, access, false, direction);
         square = square + stored * stored;
       });
   out[0] = sum(square);
@@ -286,13 +277,13 @@ template <class T, bool kReused>
 struct Gradients {
   const T* g;
   Share<compute_t<T>> share;
-  int64_t at;
 
   template <class Access>
   FSAM_FN lanes_t<T> load(int64_t i, Access access, compute_t<T> inverse_scale) const {
     const lanes_t<T> gradient = unscaled(widen<T>(access.load(g + i)), inverse_scale);
     if constexpr (!kReused) return gradient;
-    return with_reused(gradient, load_kept<T>(share.v, at + i, access), share.length);
+    if (share.length == 0) __builtin_unreachable();
+    return with_reused(gradient, load_kept<T>(share.v, i, access), share.length);
   }
 };
 
@@ -377,9 +368,9 @@ FSAM_FN void choose_weights(T* w, const T* backup, compute_t<T>* master, bool ad
 
 // Calls call(gradients) with the Gradients that this share asks for.
 template <class T, class Call>
-FSAM_FN void choose_gradients(const T* g, const Share<compute_t<T>>& share, int64_t at, const Call& call) {
-  if (share.v) return call(Gradients<T, true>{g, share, at});
-  call(Gradients<T, false>{g, {}, at});
+FSAM_FN void choose_gradients(const T* g, const Share<compute_t<T>>& share, const Call& call) {
+  if (share.v) return call(Gradients<T, true>{g, share});
+  call(Gradients<T, false>{g, {}});
 }
 
 template <class T>
@@ -393,19 +384,20 @@ constexpr LeafLoops<T> leaf_loops() {
         });
       },
       [](T* w, const T* g, const Average& ema, T* backup, S* master, int64_t at, int64_t n, const AscentScalars<S>& s,
-         bool feeds, Forward forward, S* effect, bool stream) {
+         bool feeds, Forward forward, S* effect, Kept kept, bool stream) {
+        const bool stream_kept = stream && aligned(kept.data);
         choose_average<S>(ema.storage, [&](auto m) {
           using M = typename decltype(m)::type;
           const AverageSlice<M> average = slice_of<M>(ema, at);
-          choose_bool(effect != nullptr, [&](auto ef) {
+          choose_bool(effect || kept, [&](auto extras) {
             if constexpr (sizeof(T) == 2) {
               if (master) {
-                return perturb<T, M, true, ef.value>(w, g, average, nullptr, master, n, s, feeds, forward, effect,
-                                                     false);
+                return perturb<T, M, true, extras.value>(w, g, average, nullptr, master, n, s, feeds, forward, effect,
+                                                         kept, false, stream_kept);
               }
             }
-            perturb<T, M, false, ef.value>(w, g, average, backup, nullptr, n, s, feeds, forward, effect,
-                                           stream && aligned(backup));
+            perturb<T, M, false, extras.value>(w, g, average, backup, nullptr, n, s, feeds, forward, effect, kept,
+                                               stream && aligned(backup), stream_kept);
           });
         });
       },
@@ -417,7 +409,6 @@ constexpr LeafLoops<T> leaf_loops() {
           });
         });
       },
-      keep<T>,
       dots<T>,
       project<T>,
       [](T* w, const S* master, int64_t n) { restore_master<T>(w, master, n); },
@@ -427,7 +418,7 @@ constexpr LeafLoops<T> leaf_loops() {
       [](T* w, const T* g, const Share<S>& share, const T* backup, S* master, bool adopts, S* momentum_buffer,
          int64_t at, int64_t n, const SgdScalars<S>& s, Rounding rounding, bool stream) {
         choose_weights<T>(w, backup, master, adopts, at, rounding, stream, [&](const auto& where) {
-          choose_gradients<T>(g, share, at, [&](const auto& from) {
+          choose_gradients<T>(g, share, [&](const auto& from) {
             choose_bool(momentum_buffer != nullptr,
                         [&](auto m) { restore_sgd<T, m.value>(where, from, momentum_buffer, n, s); });
           });
@@ -437,9 +428,8 @@ constexpr LeafLoops<T> leaf_loops() {
          int64_t at, int64_t n, const AdamScalars<S>& s, const BiasCorrection<S>& correction, Rounding rounding,
          bool stream) {
         choose_weights<T>(w, backup, master, adopts, at, rounding, stream, [&](const auto& where) {
-          choose_gradients<T>(g, share, at, [&](const auto& from) {
-            restore_adam<T>(where, from, exp_avg, exp_avg_sq, n, s, correction);
-          });
+          choose_gradients<T>(
+              g, share, [&](const auto& from) { restore_adam<T>(where, from, exp_avg, exp_avg_sq, n, s, correction); });
         });
       },
   };

@@ -17,7 +17,7 @@ struct Rounding {
   uint32_t key;
 };
 
-// What an update adds to a gradient: length * v, or nothing.
+// What an update adds to a gradient: length * v, or nothing where there is no v. The length is not 0 then.
 template <class S>
 struct Share {
   Kept v;
@@ -25,7 +25,7 @@ struct Share {
 };
 
 // `w` parameters, `g` gradients: n elements each, as are all state pointers. `at` is the first element's position in
-// the flat state, which tells where in an Average, or in what is kept, the slice lies. `stream` writes what is not read
+// the flat state, which tells where in an Average the slice lies. `stream` writes what is not read
 // again soon around the caches. Nothing may overlap.
 template <class T>
 struct LeafLoops {
@@ -36,18 +36,16 @@ struct LeafLoops {
                      S* out);
   // w = the perturbed weight, ema = the updated average where `feeds`. Without masters backup = w comes first; with
   // them master = w where they differ, and the perturbation starts from the master: NOTE [masters adopt]. `effect`:
-  // null, or where the sums of Effect go.
+  // null, or where the sums of Effect go. kept = g where there is one.
   void (*perturb)(T* w, const T* g, const Average& ema, T* backup, S* master, int64_t at, int64_t n,
-                  const AscentScalars<S>&, bool feeds, Forward, S* effect, bool stream);
+                  const AscentScalars<S>&, bool feeds, Forward, S* effect, Kept kept, bool stream);
   // ema = the average with g where `feeds`. `grad_sq`: null, or where the sum of g^2 goes; without it all are fed.
   void (*update_ema)(const T* g, const Average& ema, int64_t at, int64_t n, const AscentScalars<S>&, bool feeds,
                      S* grad_sq);
-  // kept = g.
-  void (*keep)(const T* g, const Kept&, int64_t at, int64_t n, S inverse_scale, bool stream);
   // out[0:2] = the sums of g k and of k^2.
-  void (*dots)(const T* g, const Kept&, int64_t at, int64_t n, S inverse_scale, S* out);
+  void (*dots)(const T* g, Kept, int64_t n, S inverse_scale, S* out);
   // k = g - part k, and out[0] = the sum of k^2 as it is stored.
-  void (*project)(const T* g, const Kept&, int64_t at, int64_t n, S inverse_scale, S part, S* out);
+  void (*project)(const T* g, Kept, int64_t n, S inverse_scale, S part, S* out);
   // w = the rounded master.
   void (*restore_master)(T* w, const S* master, int64_t n);
   // master = w where they differ.

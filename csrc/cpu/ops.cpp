@@ -115,7 +115,6 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
     const bool finite = is_finite(noise_sq);
     const bool stream = worth_streaming(args.table.numel * int64_t(3 * sizeof(T) + sizeof(S)));
     const auto leaf = isa_loops().of<T>().perturb;
-    const auto keep = isa_loops().of<T>().keep;
     if (sums && !finite) std::fill(sums, sums + args.table.chunks * kEffect, S(0));
     parallel_rows(args.table, [&](const Row& row, int64_t begin, int64_t end) {
       T* w = static_cast<T*>(row.param);
@@ -126,16 +125,12 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
         if (from) isa_loops().of<T>().adopt(w + begin, from + begin, end - begin);
         return;
       }
-      // The sums are a chunk's; and a chunk's gradients are in the cache still, to be kept.
-      const int64_t piece = sums || first ? kChunk : end - begin;
+      const int64_t piece = sums ? kChunk : end - begin;  // the sums are a chunk's
       for (int64_t i = begin; i < end; i += piece) {
         leaf(w + i, static_cast<const T*>(row.grad) + i, average, to ? to + i : nullptr, from ? from + i : nullptr,
              row.offset + i, std::min(piece, end - i), scalars, feeds, seen,
-             sums ? sums + (row.first_chunk + i / kChunk) * kEffect : nullptr, stream);
-        if (first) {
-          keep(static_cast<const T*>(row.grad) + i, first, row.offset + i, std::min(piece, end - i),
-               scalars.inverse_scale, stream);
-        }
+             sums ? sums + (row.first_chunk + i / kChunk) * kEffect : nullptr, part_of<S>(first, row.offset + i),
+             stream);
       }
     });
   });
@@ -192,7 +187,7 @@ void dots(const Tensors& params, const Tensors& grads, const Tensor& offsets, co
     const S inverse = S(inverse_scale(grad_scale));
     const auto leaf = isa_loops().of<T>().dots;
     parallel_chunks(args.table, [&](const Row& row, int64_t i, int64_t n, int64_t chunk) {
-      leaf(static_cast<const T*>(row.grad) + i, first, row.offset + i, n, inverse, slots + chunk * kSums);
+      leaf(static_cast<const T*>(row.grad) + i, part_of<S>(first, row.offset + i), n, inverse, slots + chunk * kSums);
     });
     add_up<kSums>(slots, args.table.chunks, total);
   });
@@ -218,7 +213,7 @@ void project(const Tensors& params, const Tensors& grads, const Tensor& offsets,
     const auto leaf = isa_loops().of<T>().project;
     if (!ascended || !exists) return;
     parallel_chunks(args.table, [&](const Row& row, int64_t i, int64_t n, int64_t chunk) {
-      leaf(static_cast<const T*>(row.grad) + i, direction, row.offset + i, n, inverse, part, slots + chunk);
+      leaf(static_cast<const T*>(row.grad) + i, part_of<S>(direction, row.offset + i), n, inverse, part, slots + chunk);
     });
     add_up<1>(slots, args.table.chunks, &total);
   });
@@ -300,7 +295,8 @@ void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offs
     restore_and_update<T>(
         args, saved, adopts, update_is_skipped(stats, found_inf), 3 * sizeof(T) + sizeof(S),
         [&](T* w, const T* g, const T* from, S* master, const Row&, int64_t at, int64_t n, bool stream) {
-          leaf(w, g, share, from, master, adopts, buffer ? buffer + at : nullptr, at, n, scalars, how, stream);
+          leaf(w, g, {part_of<S>(share.v, at), share.length}, from, master, adopts, buffer ? buffer + at : nullptr, at,
+               n, scalars, how, stream);
         });
   });
   written.wrote();
@@ -359,8 +355,8 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
     restore_and_update<T>(
         args, saved, adopts, update_is_skipped(stats, found_inf), 3 * sizeof(T) + 2 * sizeof(S),
         [&](T* w, const T* g, const T* from, S* master, const Row& row, int64_t at, int64_t n, bool stream) {
-          leaf(w, g, share, from, master, adopts, first + at, second + at, at, n, scalars, correction[&row - rows], how,
-               stream);
+          leaf(w, g, {part_of<S>(share.v, at), share.length}, from, master, adopts, first + at, second + at, at, n,
+               scalars, correction[&row - rows], how, stream);
         });
   });
   written.wrote();

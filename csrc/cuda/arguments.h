@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../average.h"
+#include "../kept.h"
 
 namespace fsam::cuda {
 
@@ -37,13 +38,36 @@ struct PerturbArguments {
   bool adaptive, updated, feeds;
   Forward forward;
   compute_t<T>* effect;  // null, or [chunks][kEffect]
+  Kept kept;             // gets the gradient, where there is one
 };
 
+template <class S>
 struct UpdateEmaArguments {
   Average ema;
   const double* stats;  // or null
   Number grad_scale, found_inf;
   double lmbda;
+  S* slots;  // null, or [chunks]
+};
+
+// <g, k> and <k, k>.
+constexpr int kDots = 2;
+
+template <class S>
+struct DotsArguments {
+  Kept kept;
+  Number grad_scale;
+  S* slots;  // [kDots][chunks]
+  int64_t chunks;
+};
+
+template <class S>
+struct ProjectArguments {
+  Kept kept;
+  const double* sums;   // kDots of them
+  const double* stats;  // or null
+  Number grad_scale, found_inf;
+  S* slots;  // [chunks]
 };
 
 template <class T>
@@ -61,6 +85,8 @@ struct UpdateArguments {
   Number found_inf, grad_scale, lr;
   const int64_t* rounding;  // null, or a seed and the number of the step: NOTE [stochastic rounding]
   bool adopts;              // formulas.h, NOTE [masters adopt]
+  Reused reused;            // kernels of their own
+  double reuse, reuse_eps;
 };
 
 template <class T>

@@ -5,8 +5,10 @@
 #pragma once
 
 #include "count_steps.cuh"
+#include "dots.cuh"
 #include "noise_norm.cuh"
 #include "perturb.cuh"
+#include "project.cuh"
 #include "restore.cuh"
 #include "restore_adam.cuh"
 #include "restore_sgd.cuh"

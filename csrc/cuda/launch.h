@@ -19,8 +19,20 @@ cudaError_t launch_noise_norm(const TensorTable& rows, bool adaptive, const Nois
 template <class T>
 cudaError_t launch_perturb(const TensorTable& rows, const PerturbArguments<T>& arguments, cudaStream_t stream);
 
+// Where there is a grad_sq it gets the sum of the slots.
 template <class T>
-cudaError_t launch_update_ema(const TensorTable& rows, const UpdateEmaArguments& arguments, cudaStream_t stream);
+cudaError_t launch_update_ema(const TensorTable& rows, const UpdateEmaArguments<compute_t<T>>& arguments,
+                              double* grad_sq, cudaStream_t stream);
+
+// Fills the slots and sums them into sums[0:kDots].
+template <class T>
+cudaError_t launch_dots(const TensorTable& rows, const DotsArguments<compute_t<T>>& arguments, double* sums,
+                        cudaStream_t stream);
+
+// Fills the slots and sums them into kept_sq[0].
+template <class T>
+cudaError_t launch_project(const TensorTable& rows, const ProjectArguments<compute_t<T>>& arguments, double* kept_sq,
+                           cudaStream_t stream);
 
 template <class T>
 cudaError_t launch_restore(const TensorTable& rows, const RestoreArguments<T>& arguments, cudaStream_t stream);

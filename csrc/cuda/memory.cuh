@@ -113,15 +113,17 @@ struct WordOf<4> {
 // of 16 bytes into words and not put it together again.
 enum class Reuse { soon, late };
 
+template <Reuse kReuse, class Word>
+__device__ __forceinline__ Word load_word(const Word* p) {
+  return kReuse == Reuse::late ? __ldcs(p) : __ldg(p);
+}
 template <Reuse kReuse, class E, int kCount>
 __device__ __forceinline__ void load_vector(const E* p, Pack<E, kCount>& to) {
   using Word = typename WordOf<int(sizeof to)>::type;
   const Word* from = reinterpret_cast<const Word*>(p);
   Word* words = reinterpret_cast<Word*>(&to);
 #pragma unroll
-  for (int i = 0; i < int(sizeof to / sizeof(Word)); ++i) {
-    words[i] = kReuse == Reuse::late ? __ldcs(from + i) : __ldg(from + i);
-  }
+  for (int i = 0; i < int(sizeof to / sizeof(Word)); ++i) words[i] = load_word<kReuse>(from + i);
 }
 template <Reuse kReuse, class E, int kCount>
 __device__ __forceinline__ void store_vector(E* p, const Pack<E, kCount>& from) {

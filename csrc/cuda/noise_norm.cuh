@@ -96,11 +96,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) * (kAda
                     a.slots, 1, a.chunks);
 }
 
-// stats = the sums of the slots in fp64, a block for each statistic.
+// sums = those of rows of slots in fp64, a block for each; NaN where there is a `gate` that is not finite.
 constexpr int kSumThreads = 512;
 
 template <class S>
-__global__ void __launch_bounds__(kSumThreads) sum_slots_kernel(const S* slots, int64_t chunks, double* stats) {
+__global__ void __launch_bounds__(kSumThreads)
+    sum_slots_kernel(const S* slots, int64_t chunks, double* sums, const double* gate) {
   using Sums = double[kSumThreads / kWarp];
   CUDA_SHARED(Sums, warp_sums);
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_slots_kernel(const S* slots, 
   __syncthreads();
   if (warp == 0) {
     sum = warp_sum(lane < kSumThreads / kWarp ? warp_sums[lane] : 0.0);
-    if (lane == 0) stats[blockIdx.x] = sum;
+    if (lane == 0) sums[blockIdx.x] = gate == nullptr ? sum : sum + 0 * gate[0];
   }
 }
 

@@ -73,15 +73,24 @@ Arguments checked_arguments(const Tensors& params, const Tensors* grads, const T
   return result;
 }
 
+// Where sums over all rows go: `count` of fp64, on the device of the rows if there are any.
+struct Sums {
+  double* data;
+  int32_t device;
+};
+Sums sums_of(const Tensor& tensor, const char* name, int64_t count, const Arguments& args) {
+  const int32_t device = args.table.rows.empty() ? tensor.get_device_index() : args.place.index;
+  return {data_of<double>(tensor, name, count, {kOnCpu, device}), device};
+}
+
 void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& ema,
                 const OptionalTensor& ema_scale, const OptionalTensor& grad_scale, double sigma, double lmbda,
                 bool adaptive, bool ema_updated, const Tensor& partials, const Tensor& stats) {
   const Arguments args = checked_arguments(params, &grads, offsets);
-  const bool empty = args.table.rows.empty();
-  const int32_t device = empty ? stats.get_device_index() : args.place.index;
-  double* total = data_of<double>(stats, "stats", kStatistics, {kOnCpu, device});
-  if (empty) {
-    on_device(device, [&](cudaStream_t stream) { return launch_noise_norm<float>({}, false, {}, total, stream); });
+  const Sums total = sums_of(stats, "stats", kStatistics, args);
+  if (args.table.rows.empty()) {
+    on_device(total.device,
+              [&](cudaStream_t stream) { return launch_noise_norm<float>({}, false, {}, total.data, stream); });
   }
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
@@ -94,8 +103,9 @@ void noise_norm(const Tensors& params, const Tensors& grads, const Tensor& offse
                                        ema_updated,
                                        data_of<S>(partials, "partials", chunks * kStatistics, args.place),
                                        chunks};
-    on_device(device,
-              [&](cudaStream_t stream) { return launch_noise_norm<T>(args.table, adaptive, values, total, stream); });
+    on_device(total.device, [&](cudaStream_t stream) {
+      return launch_noise_norm<T>(args.table, adaptive, values, total.data, stream);
+    });
   });
 }
 
@@ -103,7 +113,7 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
              const OptionalTensor& ema_scale, const Tensor& backup, const Tensor& stats,
              const OptionalTensor& grad_scale, double rho, const OptionalTensor& rho_tensor, double sigma, double lmbda,
              double eps, bool adaptive, bool ema_updated, bool feeds, int64_t forward, const OptionalTensor& effect,
-             const OptionalTensor& journal) {
+             const OptionalTensor& journal, const OptionalTensor& kept) {
   const Journal written(journal);
   const Arguments args = checked_arguments(params, &grads, offsets);
   dispatch_storage(args, [&](auto storage) {
@@ -123,7 +133,8 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
                                      ema_updated,
                                      feeds,
                                      forward_of<T>(forward),
-                                     data_of<S>(effect, "effect", args.table.chunks * kEffect, args.place)};
+                                     data_of<S>(effect, "effect", args.table.chunks * kEffect, args.place),
+                                     kept_of<S>(kept, "kept", args)};
     on_device(args.place.index, [&](cudaStream_t stream) { return launch_perturb<T>(args.table, values, stream); });
   });
   written.wrote();
@@ -131,15 +142,69 @@ void perturb(const Tensors& params, const Tensors& grads, const Tensor& offsets,
 
 void update_ema(const Tensors& params, const Tensors& grads, const Tensor& offsets, const Tensor& ema,
                 const OptionalTensor& ema_scale, const OptionalTensor& stats, const OptionalTensor& grad_scale,
-                const OptionalTensor& found_inf, double lmbda, const OptionalTensor& journal) {
+                const OptionalTensor& found_inf, double lmbda, const OptionalTensor& journal,
+                const OptionalTensor& partials, const OptionalTensor& grad_sq) {
   const Journal written(journal);
   const Arguments args = checked_arguments(params, &grads, offsets);
+  double* total = grad_sq.has_value() ? sums_of(*grad_sq, "grad_sq", 1, args).data : nullptr;
+  if (args.table.rows.empty() && total != nullptr) {
+    on_device(grad_sq->get_device_index(),
+              [&](cudaStream_t stream) { return launch_update_ema<float>({}, {}, total, stream); });
+  }
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
-    const UpdateEmaArguments values{
-        average_of<compute_t<T>>(ema, ema_scale, args), data_of<double>(stats, "stats", kStatistics, args.place),
-        number(grad_scale, "grad_scale", 1.0, args.place), number(found_inf, "found_inf", 0.0, args.place), lmbda};
-    on_device(args.place.index, [&](cudaStream_t stream) { return launch_update_ema<T>(args.table, values, stream); });
+    using S = compute_t<T>;
+    const UpdateEmaArguments<S> values{average_of<S>(ema, ema_scale, args),
+                                       data_of<double>(stats, "stats", kStatistics, args.place),
+                                       number(grad_scale, "grad_scale", 1.0, args.place),
+                                       number(found_inf, "found_inf", 0.0, args.place),
+                                       lmbda,
+                                       square_sums<S>(partials, grad_sq, args)};
+    on_device(args.place.index,
+              [&](cudaStream_t stream) { return launch_update_ema<T>(args.table, values, total, stream); });
+  });
+  written.wrote();
+}
+
+void dots(const Tensors& params, const Tensors& grads, const Tensor& offsets, const Tensor& kept,
+          const OptionalTensor& grad_scale, const Tensor& partials, const Tensor& sums) {
+  const Arguments args = checked_arguments(params, &grads, offsets);
+  const Sums total = sums_of(sums, "sums", kDots, args);
+  if (args.table.rows.empty()) {
+    on_device(total.device, [&](cudaStream_t stream) { return launch_dots<float>({}, {}, total.data, stream); });
+  }
+  dispatch_storage(args, [&](auto storage) {
+    using T = decltype(storage);
+    using S = compute_t<T>;
+    const int64_t chunks = args.table.chunks;
+    const DotsArguments<S> values{kept_of<S>(kept, "kept", args), number(grad_scale, "grad_scale", 1.0, args.place),
+                                  data_of<S>(partials, "partials", chunks * kDots, args.place), chunks};
+    on_device(total.device,
+              [&](cudaStream_t stream) { return launch_dots<T>(args.table, values, total.data, stream); });
+  });
+}
+
+void project(const Tensors& params, const Tensors& grads, const Tensor& offsets, const Tensor& kept, const Tensor& sums,
+             const OptionalTensor& stats, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+             const Tensor& partials, const Tensor& kept_sq, const OptionalTensor& journal) {
+  const Journal written(journal);
+  const Arguments args = checked_arguments(params, &grads, offsets);
+  const Sums total = sums_of(kept_sq, "kept_sq", 1, args);
+  if (args.table.rows.empty()) {
+    const ProjectArguments<float> values{.stats = data_of<double>(stats, "stats", kStatistics, {kOnCpu, total.device})};
+    on_device(total.device, [&](cudaStream_t stream) { return launch_project<float>({}, values, total.data, stream); });
+  }
+  dispatch_storage(args, [&](auto storage) {
+    using T = decltype(storage);
+    using S = compute_t<T>;
+    const ProjectArguments<S> values{kept_of<S>(kept, "kept", args),
+                                     data_of<double>(sums, "sums", kDots, args.place),
+                                     data_of<double>(stats, "stats", kStatistics, args.place),
+                                     number(grad_scale, "grad_scale", 1.0, args.place),
+                                     number(found_inf, "found_inf", 0.0, args.place),
+                                     data_of<S>(partials, "partials", args.table.chunks, args.place)};
+    on_device(total.device,
+              [&](cudaStream_t stream) { return launch_project<T>(args.table, values, total.data, stream); });
   });
   written.wrote();
 }
@@ -158,7 +223,9 @@ void restore(const Tensors& params, const Tensor& offsets, const Tensor& backup)
 template <class T>
 UpdateArguments<T> update_arguments(const Arguments& args, const OptionalTensor& backup, const OptionalTensor& stats,
                                     const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double lr,
-                                    const OptionalTensor& lr_tensor, const OptionalTensor& rounding, bool adopts) {
+                                    const OptionalTensor& lr_tensor, const OptionalTensor& rounding, bool adopts,
+                                    const OptionalTensor& reused, const OptionalTensor& reuse_sq, double reuse,
+                                    double reuse_eps) {
   const Saved<T> saved = saved_weights<T>(backup, args);
   return {saved.backup,
           saved.master,
@@ -167,27 +234,31 @@ UpdateArguments<T> update_arguments(const Arguments& args, const OptionalTensor&
           number(grad_scale, "grad_scale", 1.0, args.place),
           number(lr_tensor, "lr_tensor", lr, args.place),
           data_of<int64_t>(rounding, "rounding", 2, args.place),
-          adopts};
+          adopts,
+          reused_of<compute_t<T>>(reused, reuse_sq, args),
+          reuse,
+          reuse_eps};
 }
 
 void restore_sgd(const Tensors& params, const Tensors& grads, const Tensor& offsets, const OptionalTensor& backup,
                  const OptionalTensor& momentum_buffer, const OptionalTensor& stats, const OptionalTensor& grad_scale,
                  const OptionalTensor& found_inf, double lr, const OptionalTensor& lr_tensor, double momentum,
                  double dampening, double weight_decay, bool nesterov, bool maximize, const OptionalTensor& rounding,
-                 bool adopts, const OptionalTensor& journal) {
+                 bool adopts, const OptionalTensor& journal, const OptionalTensor& reused,
+                 const OptionalTensor& reuse_sq, double reuse, double reuse_eps) {
   const Journal written(journal);
   const Arguments args = checked_arguments(params, &grads, offsets);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const SgdArguments<T> values{
-        update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor, rounding, adopts),
-        flat_data<S>(momentum_buffer, "momentum_buffer", args),
-        momentum,
-        dampening,
-        weight_decay,
-        nesterov,
-        maximize};
+    const SgdArguments<T> values{update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor,
+                                                     rounding, adopts, reused, reuse_sq, reuse, reuse_eps),
+                                 flat_data<S>(momentum_buffer, "momentum_buffer", args),
+                                 momentum,
+                                 dampening,
+                                 weight_decay,
+                                 nesterov,
+                                 maximize};
     on_device(args.place.index, [&](cudaStream_t stream) { return launch_restore_sgd<T>(args.table, values, stream); });
   });
   written.wrote();
@@ -222,23 +293,24 @@ void restore_adam(const Tensors& params, const Tensors& grads, const Tensor& off
                   const OptionalTensor& stats, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
                   double lr, const OptionalTensor& lr_tensor, double beta1, double beta2, double eps,
                   double weight_decay, bool decoupled, bool maximize, const OptionalTensor& rounding, bool adopts,
-                  const OptionalTensor& journal) {
+                  const OptionalTensor& journal, const OptionalTensor& reused, const OptionalTensor& reuse_sq,
+                  double reuse, double reuse_eps) {
   const Journal written(journal);
   const Arguments args = checked_arguments(params, &grads, offsets);
   dispatch_storage(args, [&](auto storage) {
     using T = decltype(storage);
     using S = compute_t<T>;
-    const AdamArguments<T> values{
-        update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor, rounding, adopts),
-        flat_data<S>(exp_avg, "exp_avg", args),
-        flat_data<S>(exp_avg_sq, "exp_avg_sq", args),
-        corrections_of<S>(corrections, args),
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        decoupled,
-        maximize};
+    const AdamArguments<T> values{update_arguments<T>(args, backup, stats, grad_scale, found_inf, lr, lr_tensor,
+                                                      rounding, adopts, reused, reuse_sq, reuse, reuse_eps),
+                                  flat_data<S>(exp_avg, "exp_avg", args),
+                                  flat_data<S>(exp_avg_sq, "exp_avg_sq", args),
+                                  corrections_of<S>(corrections, args),
+                                  beta1,
+                                  beta2,
+                                  eps,
+                                  weight_decay,
+                                  decoupled,
+                                  maximize};
     on_device(args.place.index,
               [&](cudaStream_t stream) { return launch_restore_adam<T>(args.table, values, stream); });
   });
@@ -258,6 +330,8 @@ FSAM_LIBRARY_IMPL(FSAM_NAMESPACE, FSAM_DISPATCH_KEY, m) {
   m.impl("noise_norm", TORCH_BOX(&fsam::cuda::noise_norm));
   m.impl("perturb", TORCH_BOX(&fsam::cuda::perturb));
   m.impl("update_ema", TORCH_BOX(&fsam::cuda::update_ema));
+  m.impl("dots", TORCH_BOX(&fsam::cuda::dots));
+  m.impl("project", TORCH_BOX(&fsam::cuda::project));
   m.impl("restore", TORCH_BOX(&fsam::cuda::restore));
   m.impl("restore_sgd", TORCH_BOX(&fsam::cuda::restore_sgd));
   m.impl("count_steps", TORCH_BOX(&fsam::cuda::count_steps));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "average.cuh"
+#include "kept.cuh"
 #include "masters.cuh"
 #include "scalars.cuh"
 #include "sums.cuh"
@@ -26,6 +27,26 @@ __device__ __forceinline__ float seen(float weight, Forward forward) {
   return weight;
 }
 
+// Keeps the gradients of a group. A part is rare: its gradients are read again, so that the code is small.
+template <class T>
+__device__ __forceinline__ void keep(Whole access, const KeptPlace<T>& kept, const T*, const Pack<T, kGroup<T>>& g,
+                                     compute_t<T> inverse_scale) {
+  with_type(kept, [&](auto* to) {
+    Pack<std::remove_pointer_t<decltype(to)>, kGroup<T>> packed;
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) narrow(unscaled(compute_t<T>(widen_at(g, j)), inverse_scale), packed.v[j]);
+    access.store<Reuse::late>(to, packed);
+  });
+}
+template <class T>
+__device__ __forceinline__ void keep(Part access, const KeptPlace<T>& kept, const T* g, const Pack<T, kGroup<T>>&,
+                                     compute_t<T> inverse_scale) {
+  with_type(kept, [&](auto* to) {
+#pragma unroll 1
+    for (int i = 0; i < access.count; ++i) narrow(unscaled(compute_t<T>(widen(g[i])), inverse_scale), to[i]);
+  });
+}
+
 template <class T>
 constexpr int kPerturbInFlight = sizeof(T) == 8 ? 2 : kInFlight<T>;
 
@@ -40,6 +61,9 @@ struct Perturb {
   AscentScalars<S> s;
   bool feeds, measures;
   Forward forward;
+  Kept kept;
+  int64_t at;      // in the flat buffers
+  const T* saved;  // the first of the backup
   Effect<S> effect;
   PieceSums<kEffect, S> pieces;
 
@@ -52,6 +76,7 @@ struct Perturb {
     w += by;
     g += by;
     ema.move(by);
+    at += by;
     if constexpr (kMaster) {
       master += by;
     } else {
@@ -74,6 +99,12 @@ struct Perturb {
       adopt_loaded(access, w + beyond, master + beyond, x.w);
     } else {
       access.template store<Reuse::late>(backup + beyond, x.w.v);
+    }
+    if (kept) {
+      // fp64 has no registers to count in: there the place is a difference of pointers, which makes some accesses to
+      // the backup generic.
+      const int64_t here = sizeof(T) == 8 ? backup - saved : at;
+      keep<T>(access, place_of<T>(kept, here + beyond), g + beyond, x.g, s.inverse_scale);
     }
     Pack<T, kGroup<T>> after;
     S fresh[kGroup<T>], intended[kGroup<T>];
@@ -132,7 +163,8 @@ __global__ void __launch_bounds__(
   T* backup = kMaster ? nullptr : a.backup + in_buffer;
   S* master = kMaster ? a.master + in_buffer : nullptr;
   const bool measures = a.effect != nullptr;
-  Perturb<T, M, kMaster> work{w, g, {ema}, backup, master, {}, a.feeds, measures, a.forward, {}, {&block_sums}};
+  Perturb<T, M, kMaster> work{w,        g,         {ema},  backup,    master,   {}, a.feeds,
+                              measures, a.forward, a.kept, in_buffer, a.backup, {}, {&block_sums}};
   const auto ready = [&](auto& walked) {
     if (threadIdx.x == 0) {
       const double noise_sq = a.stats[0];
@@ -146,8 +178,9 @@ __global__ void __launch_bounds__(
     walked.s.updated = a.updated;
     return finite;
   };
-  const bool perturbed =
-      walk_averages<T, M, kPerturbInFlight<T>>(piece, is_aligned(w, g, ema.data, backup, master), work, ready);
+  const bool aligned =
+      is_aligned(w, g, ema.data, backup, master) && (!a.kept || is_aligned(place_of<T>(a.kept, in_buffer).data));
+  const bool perturbed = walk_averages<T, M, kPerturbInFlight<T>>(piece, aligned, work, ready);
   if constexpr (kMaster) {
     if (!perturbed) adopt(piece, w, master);
   } else {

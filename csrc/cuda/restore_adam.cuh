@@ -2,6 +2,7 @@
 #pragma once
 
 #include "divide.cuh"
+#include "kept.cuh"
 #include "restore.cuh"
 
 namespace fsam::cuda {
@@ -10,13 +11,14 @@ namespace fsam::cuda {
 template <class T>
 constexpr int kAdamInFlight = sizeof(T) == 2 ? 1 : 2;
 
-template <class T, bool kMaster>
+template <class T, bool kMaster, bool kReused>
 struct RestoreAdam : NoSums {
   using S = compute_t<T>;
   Weights<T, kMaster> weights;
   const T* g;
   S* exp_avg;
   S* exp_avg_sq;
+  Reusing<T, kReused> reused;
   AdamScalars<S> s;
   BiasCorrection<S> correction;
   DivisionFor<S> division;
@@ -25,12 +27,14 @@ struct RestoreAdam : NoSums {
     typename Weights<T, kMaster>::Loaded w;
     Pack<T, kGroup<T>> g;
     Pack<S, kGroup<T>> exp_avg, exp_avg_sq;
+    typename Reusing<T, kReused>::Loaded reused;
   };
   __device__ __forceinline__ void move(int by) {
     weights.move(by);
     g += by;
     exp_avg += by;
     exp_avg_sq += by;
+    reused.move(by);
   }
   template <class Access>
   __device__ __forceinline__ void load(Access access, int beyond, Loaded& x) const {
@@ -38,6 +42,7 @@ struct RestoreAdam : NoSums {
     access.template load<Reuse::late>(g + beyond, x.g);
     access.template load<Reuse::late>(exp_avg + beyond, x.exp_avg);
     access.template load<Reuse::late>(exp_avg_sq + beyond, x.exp_avg_sq);
+    reused.load(access, beyond, x.reused);
   }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int beyond, Loaded& x) const {
@@ -49,8 +54,8 @@ struct RestoreAdam : NoSums {
       scalars.decoupled = decltype(decoupled)::value;
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
-        updated[j] =
-            adam_moments(S(widen_at(x.w.v, j)), S(widen_at(x.g, j)), x.exp_avg.v[j], x.exp_avg_sq.v[j], scalars);
+        const S gradient = reused.gradient(unscaled(S(widen_at(x.g, j)), s.inverse_scale), x.reused, j);
+        updated[j] = adam_moments(S(widen_at(x.w.v, j)), gradient, x.exp_avg.v[j], x.exp_avg_sq.v[j], scalars);
         fits &= division.fits(x.exp_avg.v[j], x.exp_avg_sq.v[j]);
       }
     });
@@ -74,11 +79,12 @@ struct RestoreAdam : NoSums {
 template <class S>
 struct AdamPrologue {
   AdamScalars<S> scalars;
+  S length;
   uint32_t key;
   bool skip;
 };
 
-template <class T, bool kMaster, class Rows>
+template <class T, bool kMaster, bool kReused, class Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     restore_adam_kernel(const Rows __grid_constant__ table, const AdamArguments<T> a) {
   using S = compute_t<T>;
@@ -89,11 +95,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
   S* exp_avg = a.exp_avg + weights.position;
   S* exp_avg_sq = a.exp_avg_sq + weights.position;
-  RestoreAdam<T, kMaster> work{{}, weights, g, exp_avg, exp_avg_sq, {}, a.corrections[table.id[piece.row]], {}};
+  const Reusing<T, kReused> reused = reusing<T, kReused>(a.update, weights.position);
+  RestoreAdam<T, kMaster, kReused> work{
+      {}, weights, g, exp_avg, exp_avg_sq, reused, {}, a.corrections[table.id[piece.row]], {}};
   const auto ready = [&](auto& walked) {
     if (threadIdx.x == 0) {
       prologue.scalars = adam_scalars<S>(1.0 / value_of(a.update.grad_scale), value_of(a.update.lr), a.beta1, a.beta2,
                                          a.eps, a.weight_decay, a.decoupled, a.maximize);
+      prologue.length = length_of<kReused>(a.update);
       prologue.key = key_of(a.update);
       prologue.skip = skips(a.update);
     }
@@ -101,10 +110,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     walked.s = prologue.scalars;
     walked.s.decoupled = a.decoupled;  // from the arguments, where the compiler sees one value for all threads
     walked.division = DivisionFor<S>(walked.s.eps, walked.correction.sqrt_second);
+    if constexpr (kReused) walked.reused.length = prologue.length;
     walked.weights.key = prologue.key;
     return !prologue.skip;
   };
-  const bool aligned = weights.aligned() && is_aligned(g, exp_avg, exp_avg_sq);
+  const bool aligned = weights.aligned() && is_aligned(g, exp_avg, exp_avg_sq) && reused.aligned();
   if (!walk<T, kAdamInFlight<T>>(piece, aligned, work, ready)) {
     only_restore(piece, weights, a.update);
   }

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from ..second_pass import SecondPass
+from .exchange import refuse_local_ascents
 from .logged import logged
 from .versions import require
 
@@ -39,7 +40,8 @@ class FriendlySAMCallback(Callback):
     Raises:
         ImportError: the adapter was not tested with this version of Lightning.
         TypeError: when training starts: the optimizer is none of this package; or at a batch that cannot be kept.
-        ValueError: when training starts: manual optimization. Two optimizers Lightning refuses itself.
+        ValueError: when training starts: manual optimization, or ``ascent_sync=False``. Two optimizers Lightning
+            refuses itself.
     """
 
     def __init__(self, *, replay_rng: bool = True) -> None:
@@ -63,6 +65,7 @@ class FriendlySAMCallback(Callback):
         optimizer = trainer.optimizers[0]
         self._optimizer: Any = optimizer
         self._second_pass = SecondPass(optimizer, trainer.strategy.model, replay_rng=self._replay_rng)
+        refuse_local_ascents(optimizer, "Lightning")
         self._end = optimizer.register_step_pre_hook(_closure_before_step).remove
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

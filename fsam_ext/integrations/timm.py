@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..optimizer import FriendlySAM
 from ..sam import SAM
 from ..second_pass import SecondPass
+from .exchange import refuse_local_ascents
+from .logged import logged
 from .versions import require
 
 # NOTE [timm's registry]
@@ -100,11 +102,7 @@ class TwoPassScaler:
         if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
             raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, not {type(grad_scaler).__name__}")
         self._second_pass = SecondPass(optimizer, model)
-        if not optimizer.ascent_sync:
-            raise ValueError(
-                "ascent_sync must be True with timm, whose loop has ranks exchange gradients in first passes too; "
-                "leave it out, or write the loop with fsam_ext.SecondPass"
-            )
+        refuse_local_ascents(optimizer, "timm")
         self._optimizer = optimizer
         self._modules = [model] if loss_fn is None else [model, loss_fn]
         self._device = next(model.parameters()).device.type
@@ -153,6 +151,10 @@ class TwoPassScaler:
             raise
         if need_update:
             self._forget()
+
+    def stats(self) -> dict[str, Tensor]:
+        """What the last ascent measured, for ``update_summary``, as 0-d tensors. Reading one waits for the device."""
+        return logged(self._optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """That of the GradScaler."""

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from ..optimizer import FriendlySAM
 from ..second_pass import SecondPass
+from .exchange import refuse_local_ascents
 from .logged import logged
 from .versions import require
 
@@ -38,8 +39,8 @@ class FriendlySAMTrainerMixin:
         ImportError: the adapter was not tested with this version of transformers.
         TypeError: when training starts: the optimizer in ``optimizers=`` is none of this package; or at a batch that
             cannot be kept.
-        ValueError: both ``fsam`` and an optimizer, DeepSpeed, or an ``args.optim`` that is made of a whole model or
-            schedule-free.
+        ValueError: both ``fsam`` and an optimizer, DeepSpeed, ``ascent_sync=False``, or an ``args.optim`` that is made
+            of a whole model or schedule-free.
     """
 
     def __init__(self, *args: Any, fsam: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -90,6 +91,7 @@ class FriendlySAMTrainerMixin:
         """A micro-batch of the first pass; with the last one the second pass: NOTE [the Trainer's last micro-batch]."""
         if self._second_pass is None:
             self._second_pass = SecondPass(self._friendly, model)
+            refuse_local_ascents(self._friendly, "the Trainer")
         micro_batch = super().training_step
         self._second_pass.keep((inputs, num_items_in_batch))
         loss = micro_batch(model, inputs, num_items_in_batch)

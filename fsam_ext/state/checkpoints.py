@@ -161,12 +161,10 @@ def translate(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) ->
 def in_words(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state_dict with words for dtypes among our options: torch.distributed.checkpoint takes dtypes for no option.
 
-    A rho that is a function is left out, and the norm of what is reused is a number: reading it waits for the device.
+    The norm of what is reused becomes a number: reading it waits for the device.
     """
     for group in state_dict["param_groups"]:
         group.update({name: str(group[name]) for name in NAMES if isinstance(group.get(name), torch.dtype)})
-        if callable(group.get("rho")):
-            del group["rho"]
         if isinstance(group.get(REUSE_SQ), Tensor) and not isinstance(group[REUSE_SQ], FakeTensor):
             group[REUSE_SQ] = float(group[REUSE_SQ])
     return state_dict

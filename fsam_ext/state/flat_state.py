@@ -111,6 +111,9 @@ class FlatState:
     NOTE [layouts are replaced, not changed].
 
     Attributes:
+        device: where the buffers are.
+        masters: whether the weights are kept in float32.
+        quantized: whether the average is int8, with a scale for each block.
         offset: parameter -> position of its slice, in elements.
         index: parameter -> its number, by which its step is counted.
         parts: (name of a state, parameter) -> what dies with the tensor in ``state``.
@@ -118,7 +121,10 @@ class FlatState:
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
+        self.device = kind.device
         self.state_dtype = compute_dtype(kind.dtype)
+        self.masters = kind.masters
+        self.quantized = kind.ema_dtype == torch.int8
         self.offset: dict[Tensor, int] = {}
         self.index: dict[Tensor, int] = {}
         self.parts: dict[tuple[str, Tensor], TensorWeakRef] = {}
@@ -127,21 +133,6 @@ class FlatState:
         self._buffers: dict[str, TensorWeakRef] = {}
         # What keeps buffers alive that no tensor in ``state`` does (yet).
         self._owned: list[Tensor] = []
-
-    @property
-    def device(self) -> torch.device:
-        """Where the buffers are."""
-        return self.kind.device
-
-    @property
-    def masters(self) -> bool:
-        """Whether the weights are kept in float32."""
-        return self.kind.masters
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the average is int8, with a scale for each block."""
-        return self.kind.ema_dtype == torch.int8
 
     def buffer(self, name: str) -> Tensor:
         """A flat buffer, which lives as long as ``state``."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,49 +56,66 @@ class Watch:
     # once an object has died and another one got its address, so what dies here says so. And a tensor may be given
     # other memory, or be transposed over its own, and stay the same object: so each has to lie where and as it did.
 
+    # NOTE [one look at places a step]
+    # What torch knows of a tensor is spread over memory, and to read where each one lies takes several times as long as
+    # to compare objects. So only the first pass of a step asks for places. Between the two passes a tensor that stays
+    # the same object may be transposed over its memory, or be given other memory while somebody keeps the old one: the
+    # second pass writes to where it lay, which is there still, and the next step takes what it finds. Old memory that
+    # nobody keeps is gone, and says so.
+
     def __init__(self, state: Any, names: tuple[str, ...] | None, parts: Iterable[TensorWeakRef]) -> None:
         self._names = names
         self._lost: list[Any] = []
         self._params = list(state)
         entries = [entry for entry in state.values() if isinstance(entry, dict)]
         self._keys = [name for entry in entries for name in entry]
-        values = [entry.get(name) for entry in entries for name in (entry if names is None else names)]
+        values = list(self._values(state))
         things = [*values, *(part() for part in parts)]
         self._references = [weakref.ref(thing, self._lost.append) for thing in things if isinstance(thing, Tensor)]
-        in_c = names is None and _SAME_STATE is not None
-        self._known = array("Q", self._marks(state, _is_somewhere if in_c else _place))
-        self._address, self._count = self._known.buffer_info()
-        if in_c:
-            _SAME_STATE(state, self._address, self._count, _HANDLE, 1)
+        self._objects = array("Q", self._find_objects(state))
+        self._in_c = names is None and _SAME_STATE is not None
+        if self._in_c:
+            self._tensors = array("Q", (id(value) + _HANDLE for value in values if _is_somewhere(value)))
+            self._places = array("Q", self._tensors)
+            where = (*self._tensors.buffer_info(), self._places.buffer_info()[0])
+            _NOTE_PLACES(*where)
+            self._arguments = (*self._objects.buffer_info(), *where)
+        else:
+            self._places = array("Q", map(_place, values))
 
-    def holds(self, state: Any) -> bool:
-        """Whether ``state`` is what it was."""
+    def holds(self, state: Any, in_place: bool = True) -> bool:
+        """Whether ``state`` holds what it did; where ``in_place``, each tensor where and as it lay, too."""
         if self._lost:
             return False
-        if self._names is None and _SAME_STATE is not None:
-            return bool(_SAME_STATE(state, self._address, self._count, _HANDLE, 0))
-        return self._known == array("Q", self._marks(state, _place))
+        if self._in_c:
+            return bool(_SAME_STATE(state, *self._arguments, in_place))
+        if self._objects != array("Q", self._find_objects(state)):
+            return False
+        return not in_place or self._places == array("Q", map(_place, self._values(state)))
 
-    def _marks(self, state: Any, place: Callable[[Any], int]) -> Iterator[int]:
-        """The addresses of each key and of names and values of its entry, with their places: csrc/same_state.cpp."""
+    def _find_objects(self, state: Any) -> Iterator[int]:
+        """The addresses of each key and of names and values of its entry: csrc/same_state.cpp."""
         for key, entry in state.items():
             yield id(key)
             if not isinstance(entry, dict):
                 continue
             if self._names is not None:
-                for value in map(entry.get, self._names):
-                    yield id(value)
-                    yield place(value)
+                yield from map(id, map(entry.get, self._names))
                 continue
             for name, value in entry.items():
                 yield id(name)
                 yield id(value)
-                yield place(value)
+
+    def _values(self, state: Any) -> Iterator[Any]:
+        """What counts in ``state``."""
+        for entry in state.values():
+            if isinstance(entry, dict):
+                yield from map(entry.get, entry if self._names is None else self._names)
 
 
-def _is_somewhere(value: Any) -> int:
-    """1 for a tensor that has an address, else 0."""
-    return int(type(value) in PLAIN and value.layout is torch.strided and not value.is_meta)
+def _is_somewhere(value: Any) -> bool:
+    """Whether it is a tensor that has an address."""
+    return type(value) in PLAIN and value.layout is torch.strided and not value.is_meta
 
 
 def _place(value: Any) -> int:
@@ -119,16 +136,20 @@ def _handle_offset() -> int | None:
 _OFFSETS = (object.__basicsize__, object.__basicsize__ + 8)
 
 
-def _same_state() -> Any:
-    """The same comparison in C, where it was built: a tenth of the time."""
+def _in_c() -> tuple[Any, Any]:
+    """The same comparison in C, where it was built: a tenth of the time; and what notes the places for it."""
     if _library.CPU_REASON is not None or _HANDLE is None:
-        return None
-    function = getattr(ctypes.PyDLL(str(_library.LIBRARY_DIR / "_C.abi3.so")), "fsam_same_state", None)
-    if function is not None:
-        function.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
-        function.restype = ctypes.c_int
-    return function
+        return None, None
+    library = ctypes.PyDLL(str(_library.LIBRARY_DIR / "_C.abi3.so"))
+    same, note = getattr(library, "fsam_same_state", None), getattr(library, "fsam_note_places", None)
+    if same is None or note is None:
+        return None, None
+    numbers = (ctypes.c_void_p, ctypes.c_int64)
+    same.argtypes = (ctypes.py_object, *numbers, *numbers, ctypes.c_void_p, ctypes.c_int)
+    same.restype = ctypes.c_int
+    note.argtypes, note.restype = (*numbers, ctypes.c_void_p), None
+    return same, note
 
 
 _HANDLE = _handle_offset()
-_SAME_STATE = _same_state()
+_SAME_STATE, _NOTE_PLACES = _in_c()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,9 @@ from .segments import Segment, same_objects
 # Frameworks edit ``group["params"]`` and set gradients to None as they like, so every pass compares the lists, object
 # by object, with those that the segments were made from. Parameters may be cast, moved or reshaped through ``p.data``;
 # tensors in ``state`` may be replaced, and then count, or removed, and then start anew.
+
+
+_LAYOUT_OF = itemgetter(*keys.LAYOUT)
 
 
 class Participant(NamedTuple):
@@ -75,9 +79,12 @@ class Layout:
 
     # ---- What is still so ------------------------------------------------------------------------------------------
 
-    def current(self, groups: list[dict[str, Any]], state: Any) -> list[Participant] | None:
-        """Every parameter that has a gradient now, or None where the segments are not theirs: :meth:`renew`."""
-        if self._known.swaps != swaps() or not self._state_is_known(state):
+    def current(self, groups: list[dict[str, Any]], state: Any, in_place: bool) -> list[Participant] | None:
+        """Every parameter that has a gradient now, or None where the segments are not theirs: :meth:`renew`.
+
+        ``in_place``: NOTE [one look at places a step].
+        """
+        if self._known.swaps != swaps() or not self._state_is_known(state, in_place):
             self._known = Known(self._known.flats)
         result = []
         for number, group in enumerate(groups):
@@ -106,7 +113,7 @@ class Layout:
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The options that decide which state a group has and how it is kept."""
         base = self._fused.state_names(group) if self._fused else ()
-        return keys.uses_ema(group), keys.uses_reuse(group), base, *(group[name] for name in keys.LAYOUT)
+        return keys.uses_ema(group), keys.uses_reuse(group), base, _LAYOUT_OF(group)
 
     def kind_of(self, group: dict[str, Any], param: Tensor) -> Kind:
         """What a parameter has in common with those whose flat buffers it shares."""
@@ -121,9 +128,9 @@ class Layout:
             kinds.setdefault(self.kind_of(group, param), []).append(param)
         return kinds
 
-    def _state_is_known(self, state: Any) -> bool:
+    def _state_is_known(self, state: Any, in_place: bool) -> bool:
         """Whether ``state`` holds the tensors that were put there."""
-        return not state if self._known.state is None else self._known.state.holds(state)
+        return not state if self._known.state is None else self._known.state.holds(state, in_place)
 
     def forget(self) -> None:
         """``state`` is another one: nothing of what was known of it is so."""

@@ -13,6 +13,7 @@ from ..state.keys import OWN_STATE, SHAPED, our_group, with_prefix
 from ..state.shards import Describe, placed_like
 from .base_options import theirs
 from .base_update import FusedBase, GenericBase, set_state
+from .rho import rho_of
 
 # NOTE [a base's own methods]
 # What a base adds to its state_dict is in ours, and what it does to a checkpoint that it loads is done: its
@@ -45,6 +46,10 @@ def packed(base: FusedBase | GenericBase, state: Any, groups: list[dict[str, Any
                 own = {name: value for name, value in state.get(param, {}).items() if name in OWN_STATE}
                 if own:
                     result["state"][key] = {**result["state"].get(key, {}), **own}
+    for group in result["param_groups"]:
+        if callable(group["rho"]):  # code, which is no part of a checkpoint: what it gives now is
+            rho = rho_of(group)
+            group["rho"] = rho if isinstance(rho, Tensor) else float(rho)
     return checkpoints.in_words(result)
 
 

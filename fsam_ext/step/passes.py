@@ -43,6 +43,7 @@ class Passes:
 
     def __init__(self, base: FusedBase | GenericBase, backend: str | None, seed: int) -> None:
         self.base = base
+        self.is_fused = isinstance(base, FusedBase)
         self.ascent_sync = True  # whether data-parallel ranks make one ascent together
         self.layout = Layout(backend, base if isinstance(base, FusedBase) else None)
         self.transaction = Transaction()
@@ -130,10 +131,10 @@ class Passes:
 
     # ---- The update ------------------------------------------------------------------------------------------------
 
-    def finish(self, groups: list[dict[str, Any]], state: Any, scaling: Scaling, reuses: bool = False) -> None:
+    def finish(self, groups: list[dict[str, Any]], state: Any, scaling: Scaling, reuses: Callable[[int], bool]) -> None:
         """Pass C: the restore of what was perturbed, and the base update of what has a gradient now.
 
-        ``reuses``: a step without an ascent lies between two that have one.
+        ``reuses``: tells whether the step of a number lies between two that have an ascent.
         """
         if self.transaction.stage is Stage.UPDATING:
             return self.transaction.finish()
@@ -146,16 +147,16 @@ class Passes:
                     check_gradient(param, partial(name_of, groups))
         segments = [one.segment for one in participants]
         perturbed = [segment for segment in segments if segment.flat.kind.perturbed]
-        in_one_pass = isinstance(self.base, FusedBase) and self.transaction.is_ascent_of(perturbed)
+        in_one_pass = self.is_fused and self.transaction.is_ascent_of(perturbed)
         if not in_one_pass:
             self.restore_weights(groups)
         guards = {one.flat.device: self._guards(one.flat.device, stage, scaling) for one in segments}
         first, settle, settled = [], None, lambda: None
-        if (stage is not Stage.CLEAN or reuses) and any(map(keys.uses_reuse, groups)):
+        if any(map(keys.uses_reuse, groups)) and (stage is not Stage.CLEAN or reuses(groups[0][keys.STEP])):
             ascended = None if stage is Stage.CLEAN else self.transaction.ascended
             first, settle, settled = self.reuse.plan(
                 *(groups, state, participants, self.layout.meshes(groups), guards, ascended),
-                *(self.transaction.journal.cell, partial(self._call, groups)),
+                *(self.norm, self.transaction.journal.cell, partial(self._call, groups)),
             )
         feeding = [
             one
@@ -166,7 +167,7 @@ class Passes:
         first += [
             partial(self._call, groups, s, self._feed, g, s, grads, guards[s.flat.device]) for g, s, grads in feeding
         ]
-        plan = self._plan_fused if isinstance(self.base, FusedBase) else self._plan_generic
+        plan = self._plan_fused if self.is_fused else self._plan_generic
         run, updates, written = plan(groups, state, participants, guards, in_one_pass, settle)
         start = self.transaction.journal.count()
         self.transaction.update(
@@ -246,7 +247,7 @@ class Passes:
     ) -> None:
         """The step is over: what follows from that, and may be done twice."""
         settled()
-        if updated and isinstance(self.base, GenericBase):  # else it has the groups of an earlier step
+        if updated and not self.is_fused:  # else it has the groups of an earlier step
             self.base.merge(state, groups)
         for segment in segments:
             segment.written()
@@ -286,7 +287,8 @@ class Passes:
     # ---- What both share -------------------------------------------------------------------------------------------
 
     def _participants(self, groups: list[dict[str, Any]], state: Any) -> list[Participant]:
-        while (found := self.layout.current(groups, state)) is None:
+        in_place = self.transaction.stage is Stage.CLEAN  # ownership.py, NOTE [one look at places a step]
+        while (found := self.layout.current(groups, state, in_place)) is None:
             self.layout.check(groups, state)
             self.restore_weights(groups)  # while it is known how what was perturbed lay
             self.layout.renew(groups, state)

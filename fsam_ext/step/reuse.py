@@ -70,20 +70,22 @@ class Reuse:
         meshes: Meshes,
         guards: Mapping[torch.device, Guards],
         ascended: Sequence[Segment] | None,
+        norm: Norm,
         journal: Tensor,
         call: Call,
     ) -> tuple[list[Callable[[], None]], Callable[[], None] | None, Callable[[], None]]:
         """(ops before an update, what to call between them and it, what to call after it, twice if need be).
 
         Args:
-            ascended: the segments of the ascent, or None for a step between two; nothing is to be called between then.
+            ascended: the segments of the ascent, or None for a step between two.
+            norm: of the ascent.
         """
         if ascended is None:
             run, settle = self._feed(participants, groups, meshes, guards, journal, call)
             return run, settle, settle
         self._measure(participants, ascended, state, meshes, guards, call)
         run = self._project(participants, guards, journal, call)
-        return run, None, partial(self._made, participants, groups, meshes)
+        return run, None, partial(self._made, participants, groups, meshes, norm)
 
     # ---- An ascending step -----------------------------------------------------------------------------------------
 
@@ -141,8 +143,13 @@ class Reuse:
             made.append(partial(call, segment, ops.project, *where, *rest))
         return made
 
-    def _made(self, participants: Sequence[Participant], groups: list[dict[str, Any]], meshes: Meshes) -> None:
-        """After :meth:`project`: |v|^2, over all parameters and ranks; NaN says that v is what it was."""
+    def _made(
+        self, participants: Sequence[Participant], groups: list[dict[str, Any]], meshes: Meshes, norm: Norm
+    ) -> None:
+        """After :meth:`_project`: |v|^2, over all parameters and ranks.
+
+        After an ascent that was not finite v is what it was. NaN after another one says that there is none.
+        """
         totals = self._kept.total(members_of(participants), meshes)
         if not totals:
             return
@@ -150,7 +157,7 @@ class Reuse:
             self.norms_sq(device, groups)
         for device, pair in self._norms_sq.items():
             total = totals[device] if device in totals else next(iter(totals.values())).to(device)
-            pair[1:].copy_(torch.where(total.isnan(), pair[1:], total))
+            pair[1:].copy_(torch.where(norm.on(device)[:1].isfinite(), total.nan_to_num(0.0, torch.inf), pair[1:]))
 
     # ---- A step between two ascents --------------------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ from ..state.keys import STEP
 
 def is_radius(value: Any) -> bool:
     """Whether this is a finite number of at least 0, or a floating-point tensor of one element."""
+    if type(value) is float:  # asked in every step
+        return 0.0 <= value < math.inf
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.is_floating_point()
     try:

@@ -25,6 +25,8 @@ class Sums:
 
     def rows(self, participants: Sequence[Participant]) -> list[Tensor]:
         """Where the sums of each go: the same in each step, for a CUDA graph and for the allocator."""
+        if len(participants) == 1:  # as nearly always
+            return self._of(participants[0].segment.flat.device, 1)
         by_device = {device: iter(self._of(device, len(own))) for device, own in _by_device(participants).items()}
         return [next(by_device[one.segment.flat.device]) for one in participants]
 
@@ -40,6 +42,9 @@ class Sums:
         Args:
             meshes: those that any parameter of an ascent lies on: distributed.py, NOTE [who takes part in the norm].
         """
+        if len(participants) == 1 and not meshes:
+            device = participants[0].segment.flat.device
+            return {device: self._known[device][1][0]}
         devices = _by_device(participants)
         if meshes:
             rows = [row.clone() for row in self.rows(participants)]  # what is given is overwritten

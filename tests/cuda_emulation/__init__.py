@@ -75,7 +75,7 @@ def build_program(name: str, sanitize: bool = False) -> Path:
 
 @functools.cache
 def load() -> SimpleNamespace:
-    """Returns the six ops of the emulated CUDA backend: a backend as ``fsam_ext.backends`` has them.
+    """Returns the ops of the emulated CUDA backend: a backend as ``fsam_ext.backends`` has them.
 
     The environment variable ``FSAM_EMULATED_LIBRARY`` names a library that is built already: a sanitized one, say.
     """

@@ -10,7 +10,7 @@ import pytest
 from . import torchvision_on_cpu  # noqa: F401  before timm and torchmetrics, which import torchvision
 
 FRAMEWORKS = ("lightning", "transformers", "peft", "accelerate", "timm", "mosaicml")
-FRAMEWORKS += ("skorch", "fastai", "pytorch-ignite", "keras")
+FRAMEWORKS += ("skorch", "fastai", "pytorch-ignite", "keras", "torchtitan")
 ROWS = pytest.StashKey[list]()
 
 

@@ -42,6 +42,20 @@ def rows(count: int = 8) -> list[tuple[Tensor, Tensor]]:
     return [(x, y) for inputs, targets in batches(count) for x, y in zip(inputs, targets)]
 
 
+def warming(step: int) -> float:
+    """A radius that grows over eleven steps: the longest run here has sixteen, and one that is resumed is within it."""
+    return 0.02 + 0.2 * min(1.0, step / 11)
+
+
+def perturbed_in_part(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups of which one takes no part in ascents: weights, and biases."""
+    params = [param for param in model.parameters() if param.requires_grad]
+    return [
+        {"params": [param for param in params if param.dim() > 1]},
+        {"params": [param for param in params if param.dim() == 1], "perturb": False},
+    ]
+
+
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return cross_entropy(model(batch[0]), batch[1])
 
@@ -60,6 +74,7 @@ def train(
     grad_scaler: torch.amp.GradScaler | None = None,
     states: Iterable[Tensor] = (),
     loss: Loss = loss_of,
+    rho: Callable[[int], float] | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Trains with first_step() and step(), and nothing of fsam_ext.SecondPass. The scheduler moves on with each step.
@@ -68,6 +83,7 @@ def train(
         accumulate: micro-batches a step; the last step of an epoch may have fewer.
         divide: what each micro-batch's loss is divided by, of the step's micro-batches; ``accumulate`` if None.
         clip: the norm that the second gradient is clipped to.
+        rho: the radius of each step, counted from 0; it is put into the groups by hand.
         states: of the CPU's random numbers (:class:`RandomStates`), one for each micro-batch.
         after_step: called after each step.
 
@@ -75,11 +91,15 @@ def train(
         The clean loss of each micro-batch, undivided.
     """
     clean: list[float] = []
-    known = iter(states)
+    known, step_number = iter(states), 0
     data = list(data)
     for _ in range(epochs):
         for first in range(0, len(data), accumulate):
             window = data[first : first + accumulate]
+            if rho is not None:
+                for group in optimizer.param_groups:
+                    group["rho"] = rho(step_number)
+            step_number += 1
             divisor = accumulate if divide is None else divide(window)
             drawn = list(islice(known, len(window)))
             step = (model, optimizer, window, drawn, divisor, autocast, grad_scaler, loss)

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -14,7 +15,18 @@ from torch.utils.data import DataLoader
 
 from fsam_ext import FriendlySAM
 
-from .reference import SIZE, RandomStates, batches, difference, loss_of, network, rows, train
+from .reference import (
+    SIZE,
+    RandomStates,
+    batches,
+    difference,
+    loss_of,
+    network,
+    perturbed_in_part,
+    rows,
+    train,
+    warming,
+)
 
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
@@ -36,9 +48,9 @@ def reset():
     GradientState._reset_state()
 
 
-def made(model, base=SGD, **options):
-    options = {"lr": 0.1, "momentum": 0.9} | options if base is SGD else options
-    return FriendlySAM(model.parameters(), base, rho=0.1, **options)
+def made(model, base=SGD, groups=nn.Module.parameters, **options):
+    options = {"rho": 0.1} | ({"lr": 0.1, "momentum": 0.9} if base is SGD else {}) | options
+    return FriendlySAM(groups(model), base, **options)
 
 
 def decay(optimizer):
@@ -76,6 +88,15 @@ CASES = {
     "BatchNorm": ({}, {"batch_norm": True}, {"gradient_accumulation_steps": 2}, {"accumulate": 2}),
     "every=2": ({"every": 2}, {}, {}, {}),
     "start=3": ({"start": 3}, {}, {"gradient_accumulation_steps": 2}, {"accumulate": 2}),
+    "rho warm-up": ({"rho": warming}, {}, {}, {"rho": warming}),
+    "rho warm-up, accumulate 3": (
+        {"rho": warming},
+        {},
+        {"gradient_accumulation_steps": 3},
+        {"rho": warming, "accumulate": 3},
+    ),
+    "every=2, reuse=0.3": ({"every": 2, "reuse": 0.3}, {}, {}, {}),
+    "perturb=False": ({"groups": perturbed_in_part}, {}, {}, {}),
 }
 
 
@@ -152,17 +173,18 @@ def test_a_gradscaler(overflow, clip, record):
     record("accelerate", f"GradScaler{kind}{', clip' if clip else ''}", difference(ours, reference))
 
 
-def test_save_state_and_load_state(tmp_path, record):
+@pytest.mark.parametrize("options", ({}, {"rho": warming}, {"every": 3, "reuse": 0.3}), ids=", ".join)
+def test_save_state_and_load_state(options, tmp_path, record):
     """Stopped in mid-epoch, and gone on with in new objects."""
     reference = network(dropout=0.5)
-    whole = made(reference, AdamW)
+    whole = made(reference, AdamW, **options)
     set_seed(0)
     expected, _, _ = looped(reference, whole, scheduler=decay(whole))
     reset()
 
     def begun():
         model = network(dropout=0.5)
-        optimizer = made(model, AdamW)
+        optimizer = made(model, AdamW, **options)
         accelerator = Accelerator(cpu=True)
         prepared = accelerator.prepare(model, optimizer, loader(), decay(optimizer))
         return model, accelerator, prepared, TwoPass(accelerator, prepared[0], prepared[1], loss_of)
@@ -183,7 +205,7 @@ def test_save_state_and_load_state(tmp_path, record):
         losses.append(step(batch).item())
         scheduler.step()
     assert losses == expected
-    record("accelerate", "save_state, load_state", difference(model, reference))
+    record("accelerate", ", ".join(["save_state, load_state", *options]), difference(model, reference))
 
 
 def test_nothing_is_saved_in_a_second_pass(tmp_path):

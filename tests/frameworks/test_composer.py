@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
@@ -29,15 +30,17 @@ from .reference import (
     distance,
     loss_of,
     network,
+    perturbed_in_part,
     rows,
     train,
     train_with_local_first_passes,
+    warming,
 )
 
 pytest.importorskip("composer")
 
 from composer import Callback, Event, Trainer
-from composer.algorithms import GradientClipping, MixUp
+from composer.algorithms import EMA, GradientClipping, MixUp
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerModel
 from composer.trainer._scaler import ClosureGradScaler
@@ -83,9 +86,9 @@ class Share:
         return loss * self.share
 
 
-def made(model, base=SGD, **options):
-    options = {"lr": 0.1, "momentum": 0.9} | options if base is SGD else options
-    return FriendlySAM(model.parameters(), base, rho=0.1, **options)
+def made(model, base=SGD, groups=nn.Module.parameters, **options):
+    options = {"rho": 0.1} | ({"lr": 0.1, "momentum": 0.9} if base is SGD else {}) | options
+    return FriendlySAM(groups(model), base, **options)
 
 
 def decay(optimizer):
@@ -123,6 +126,10 @@ CASES = {
     "BatchNorm": ({}, {"batch_norm": True}, 2),
     "every=2": ({"every": 2}, {}, 1),
     "start=3": ({"start": 3}, {}, 2),
+    "rho warm-up": ({"rho": warming}, {}, 1),
+    "rho warm-up, accumulate 3": ({"rho": warming}, {}, 3),
+    "every=2, reuse=0.3": ({"every": 2, "reuse": 0.3}, {}, 1),
+    "perturb=False": ({"groups": perturbed_in_part}, {}, 1),
 }
 
 
@@ -132,7 +139,8 @@ def test_equals_the_loop_by_hand(case, record):
     ours, reference = Model(**layers), network(**layers)
     trainer, memory = trainer_of(ours, made(ours, **options), accumulate=accumulate, epochs=2)
     trainer.fit()
-    clean = train(reference, made(reference, **options), batches(), epochs=2, accumulate=accumulate, divide=Share)
+    plain, how = made(reference, **options), {"epochs": 2, "accumulate": accumulate, "divide": Share}
+    clean = train(reference, plain, batches(), rho=options.get("rho"), **how)
     if accumulate == 1:
         assert logged(memory, "loss/train/total") == clean
     record("mosaicml", case, difference(ours.module, reference))
@@ -168,17 +176,36 @@ def test_learning_rates(record):
     record("mosaicml", "scheduler", difference(ours.module, reference))
 
 
-def test_a_checkpoint_in_mid_epoch(tmp_path, record):
+@pytest.mark.parametrize("options", ({}, {"rho": warming}, {"every": 2, "reuse": 0.3}), ids=", ".join)
+def test_a_checkpoint_in_mid_epoch(options, tmp_path, record):
     reference = network()
-    train(reference, made(reference, AdamW), batches())
+    train(reference, made(reference, AdamW, **options), batches())
     first = Model()
-    trainer, _ = trainer_of(first, made(first, AdamW), save_folder=str(tmp_path), save_interval="3ba")
+    trainer, _ = trainer_of(first, made(first, AdamW, **options), save_folder=str(tmp_path), save_interval="3ba")
     trainer.fit()
     ours = Model()
-    trainer, _ = trainer_of(ours, made(ours, AdamW), load_path=str(tmp_path / "ep0-ba3-rank0.pt"))
+    trainer, _ = trainer_of(ours, made(ours, AdamW, **options), load_path=str(tmp_path / "ep0-ba3-rank0.pt"))
     trainer.fit()
     assert trainer.state.timestamp.batch.value == 8
-    record("mosaicml", "checkpoint", difference(ours.module, reference))
+    record("mosaicml", ", ".join(["checkpoint", *options]), difference(ours.module, reference))
+
+
+def test_the_average_of_weights_takes_no_perturbed_ones(record):
+    ours, reference = Model(), network()
+    averaging = EMA(half_life="2ba", update_interval="1ba")
+    trainer, _ = trainer_of(ours, made(ours), algorithms=[averaging])
+    trainer.fit()
+    average = None
+
+    def update():
+        nonlocal average
+        weights = {f"module.{name}": param.detach().clone() for name, param in reference.named_parameters()}
+        average = average or weights  # Composer's begins with the weights after the first step
+        kept = averaging.smoothing
+        average = {name: average[name] * kept + value * (1.0 - kept) for name, value in weights.items()}
+
+    train(reference, made(reference), batches(), after_step=update)
+    record("mosaicml", "EMA", distance(average, averaging.ema_model.named_parameters_dict))
 
 
 class Counting(Callback):

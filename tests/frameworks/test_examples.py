@@ -1,4 +1,4 @@
-"""The examples of frameworks: they learn, and their logs have what people look at."""
+"""The examples of frameworks: they learn, their logs have what people look at, and a picture can be drawn of it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ def test_lightning_digits(tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert float([row["accuracy"] for row in rows if row["accuracy"]][-1]) > 0.85
     assert sum(bool(row["fsam/cosine"]) for row in rows) == 3 * 23 // 10
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "pictures" / "curves.svg"
+    log = tmp_path / "lightning_digits/version_0/metrics.csv"
+    monkeypatch.setattr(sys, "argv", ["log_curves.py", str(log), str(picture)])
+    runpy.run_path(str(EXAMPLES / "log_curves.py"), run_name="__main__")
+    drawn = picture.read_text()
+    for said in ("fsam/cosine", "fsam/grad_norm", "fsam/noise_norm", "fsam/found_inf in 0 of 6 logged steps", "loss"):
+        assert f"<!-- {said}" in drawn
+    assert "effective_cosine" not in drawn  # weights of float32 are not rounded
 
 
 def test_trainer_digits(tmp_path, monkeypatch, capsys):

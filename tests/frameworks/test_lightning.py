@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import csv
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from fsam_ext import FriendlySAM
 
 from ..host_waits import HostWaits
-from .reference import SIZE, RandomStates, batches, difference, loss_of, network, rows, train
+from .reference import (
+    SIZE,
+    RandomStates,
+    batches,
+    difference,
+    loss_of,
+    network,
+    perturbed_in_part,
+    rows,
+    train,
+    warming,
+)
 
 lightning = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging  # noqa: E402
@@ -26,8 +40,9 @@ OPTIONS = {"rho": 0.1, "lr": 0.1, "momentum": 0.9}
 
 
 class Module(lightning.LightningModule):
-    def __init__(self, schedule=None, dropout=0.0, batch_norm=False, **options):
+    def __init__(self, schedule=None, dropout=0.0, batch_norm=False, groups=nn.Module.parameters, **options):
         super().__init__()
+        self.groups = groups
         self.net = network(dropout, batch_norm)
         self.seen = MeanMetric()
         self.counts = MetricCollection({"steps": SumMetric()})
@@ -44,19 +59,18 @@ class Module(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        optimizer = FriendlySAM(self.net.parameters(), **self.options)
+        optimizer = FriendlySAM(self.groups(self.net), **self.options)
         if self.schedule is None:
             return optimizer
         return [optimizer], [{"scheduler": self.schedule(optimizer), "interval": "step"}]
 
 
 def trainer(tmp_path, *callbacks, **options):
-    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, **options}
+    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **options}
     return lightning.Trainer(
         accelerator="cpu",
         devices=1,
         default_root_dir=tmp_path,
-        enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[*callbacks, FriendlySAMCallback()],
         **options,
@@ -87,9 +101,9 @@ class Resumable(DataLoader):
         self.place = state_dict["place"]
 
 
-def by_hand(schedule=None, dropout=0.0, batch_norm=False, options=(), **how):
+def by_hand(schedule=None, dropout=0.0, batch_norm=False, options=(), groups=nn.Module.parameters, **how):
     model = network(dropout, batch_norm)
-    optimizer = FriendlySAM(model.parameters(), **{**OPTIONS, **dict(options)})
+    optimizer = FriendlySAM(groups(model), **{**OPTIONS, **dict(options)})
     clean = train(
         model, optimizer, batches(), **{"epochs": 2, **how}, scheduler=None if schedule is None else schedule(optimizer)
     )
@@ -137,6 +151,14 @@ CASES = {
         {"accumulate_grad_batches": 3},
         {"options": {"start": 5}, "accumulate": 3},
     ),
+    "rho warm-up": ({"rho": warming}, {}, {"rho": warming}),
+    "rho warm-up, accumulation 3": (
+        {"rho": warming},
+        {"accumulate_grad_batches": 3},
+        {"rho": warming, "accumulate": 3},
+    ),
+    "every=2, reuse=0.3": ({"every": 2, "reuse": 0.3}, {}, {"options": {"every": 2, "reuse": 0.3}}),
+    "perturb=False": ({"groups": perturbed_in_part}, {}, {"groups": perturbed_in_part}),
 }
 
 
@@ -161,6 +183,21 @@ def test_dropout_has_the_same_masks(accumulate, tmp_path, record):
     assert len(states) == 16
     model, _ = by_hand(dropout=0.5, accumulate=accumulate, states=states)
     record("lightning", f"dropout, accumulation {accumulate}", difference(module.net, model))
+
+
+def checkpointed(net):
+    """Keeps no activations: its backward pass makes them again."""
+    net.forward = partial(checkpoint, net.forward, use_reentrant=False)
+    return net
+
+
+@pytest.mark.parametrize("accumulate", (1, 3))
+def test_gradient_checkpointing(accumulate, tmp_path, record):
+    module, model = Module(batch_norm=True), checkpointed(network(batch_norm=True))
+    checkpointed(module.net)
+    fit(tmp_path, module, accumulate_grad_batches=accumulate)
+    train(model, FriendlySAM(model.parameters(), **OPTIONS), batches(), epochs=2, accumulate=accumulate)
+    record("lightning", f"gradient checkpointing, accumulation {accumulate}", difference(module.net, model))
 
 
 # ---- fp16 ------------------------------------------------------------------------------------------------------------
@@ -209,9 +246,10 @@ def test_fp16_with_a_scaler_and_an_overflow(where, accumulate, clip, tmp_path, r
 # ---- What a run leaves -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("extra", ({}, {"rho": warming}, {"reuse": 0.3}), ids=", ".join)
 @pytest.mark.parametrize("accumulate", (1, 2))
-def test_checkpoint_and_resume_in_mid_epoch(accumulate, tmp_path, record):
-    options = {"batch_norm": True, "schedule": warm_up, "every": 2}
+def test_checkpoint_and_resume_in_mid_epoch(accumulate, extra, tmp_path, record):
+    options = {"batch_norm": True, "schedule": warm_up, "every": 2, **extra}
     how = {"accumulate_grad_batches": accumulate}
     whole, resumed = Module(**options), Module(**options)
     fit(tmp_path, whole, **how)
@@ -220,7 +258,8 @@ def test_checkpoint_and_resume_in_mid_epoch(accumulate, tmp_path, record):
     path = tmp_path / f"epoch=0-step={6 // accumulate}.ckpt"
     made = fit(tmp_path, resumed, data=Resumable(), ckpt_path=path, **how)
     assert made.global_step == 16 // accumulate
-    record("lightning", f"resume in mid-epoch, accumulation {accumulate}", difference(resumed.net, whole.net))
+    case = ", ".join([f"resume in mid-epoch, accumulation {accumulate}", *extra])
+    record("lightning", case, difference(resumed.net, whole.net))
 
 
 class Counted(Callback):

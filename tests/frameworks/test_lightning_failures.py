@@ -110,6 +110,7 @@ def test_what_is_refused(tmp_path):
     refused(tmp_path, Plain(), TypeError, "optimizer must be a fsam_ext.FriendlySAM or SAM, not SGD")
     refused(tmp_path, Two(), RuntimeError, "multiple optimizers is only supported with manual")  # Lightning's own
     refused(tmp_path, Manual(), ValueError, "needs automatic_optimization=True")
+    refused(tmp_path, Module(ascent_sync=False), ValueError, "ascent_sync must be True with Lightning")
     refused(tmp_path, Draws(), TypeError, r"training_step\(dataloader_iter\) draws its batches itself")
     used_up = DataLoader(rows(), batch_size=SIZE, collate_fn=lambda some: (row for row in some))
     refused(tmp_path, Module(), TypeError, "a batch of type generator is used up by the first pass", used_up)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import gc
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -18,21 +19,21 @@ from fsam_ext import SAM, FriendlySAM
 
 from ..distributed.ranks import run
 from . import torchvision_on_cpu  # noqa: F401  on ranks too, which have no conftest.py
-from .reference import RandomStates, batches, difference, network, train
+from .reference import RandomStates, batches, difference, network, perturbed_in_part, train, warming
 
 timm = pytest.importorskip("timm")
 from timm.loss import LabelSmoothingCrossEntropy  # noqa: E402
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs  # noqa: E402
 from timm.scheduler import CosineLRScheduler  # noqa: E402
 from timm.task import ClassificationTask  # noqa: E402
-from timm.utils import ModelEmaV3, NativeScaler  # noqa: E402
+from timm.utils import ModelEmaV3, NativeScaler, update_summary  # noqa: E402
 
 from fsam_ext.integrations.timm import TwoPassScaler, register  # noqa: E402
 
 
-def made(model, base=SGD, **options):
-    options = {"lr": 0.1, "momentum": 0.9} | options if base is SGD else options
-    return FriendlySAM(model.parameters(), base, rho=0.1, **options)
+def made(model, base=SGD, groups=nn.Module.parameters, **options):
+    options = {"rho": 0.1} | ({"lr": 0.1, "momentum": 0.9} if base is SGD else {}) | options
+    return FriendlySAM(groups(model), base, **options)
 
 
 class Loop:
@@ -105,6 +106,8 @@ CASES = {
     "BatchNorm": ({}, {"batch_norm": True}, {"accumulate": 2}),
     "every=2": ({"every": 2}, {}, {}),
     "start=3": ({"start": 3}, {}, {"accumulate": 2}),
+    "every=2, reuse=0.3": ({"every": 2, "reuse": 0.3}, {}, {}),
+    "perturb=False": ({"groups": perturbed_in_part}, {}, {}),
 }
 
 
@@ -116,6 +119,19 @@ def test_equals_the_loop_by_hand(case, task, record):
     losses, _ = looped(ours, made(ours, **options), task=task, epochs=2, **both)
     assert losses == train(reference, made(reference, **options), batches(), epochs=2, divide=len, **both)
     record("timm", case + (", task" if task else ""), difference(ours, reference))
+
+
+@pytest.mark.parametrize("accumulate", (1, 3))
+def test_a_radius_that_warms_up(accumulate, record):
+    """As timm's script would have it: args.opt_kwargs holds options, and a function can be put there in code."""
+    register()
+    ours, reference = network(), network()
+    optimizer = create_optimizer_v2(ours, "fsammomentum", lr=0.1, momentum=0.9, filter_bias_and_bn=False, rho=warming)
+    losses, _ = looped(ours, optimizer, epochs=2, accumulate=accumulate)
+    plain = made(reference)
+    how = {"epochs": 2, "accumulate": accumulate, "divide": len}
+    assert losses == train(reference, plain, batches(), rho=warming, **how)
+    record("timm", f"rho warm-up, accumulate {accumulate}", difference(ours, reference))
 
 
 def test_dropout_has_the_masks_of_the_first_pass(record):
@@ -200,26 +216,27 @@ def test_learning_rates(record):
     record("timm", "scheduler", difference(ours, reference))
 
 
-def test_a_checkpoint(tmp_path, record):
+@pytest.mark.parametrize("options", ({}, {"rho": warming}, {"every": 3, "reuse": 0.3}), ids=", ".join)
+def test_a_checkpoint(options, tmp_path, record):
     """timm's keys, with the scaler's state under its key."""
     reference = network()
-    train(reference, made(reference, AdamW), batches(), epochs=2)
+    train(reference, made(reference, AdamW, **options), batches(), epochs=2)
     ours = network()
-    optimizer, loss_fn = made(ours, AdamW), nn.CrossEntropyLoss()
+    optimizer, loss_fn = made(ours, AdamW, **options), nn.CrossEntropyLoss()
     scaler = TwoPassScaler(optimizer, ours, loss_fn)
     Loop(ours, optimizer, loss_fn, scaler).epoch(batches())
     saved = {"state_dict": ours.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(saved | {scaler.state_dict_key: scaler.state_dict(), "epoch": 0}, tmp_path / "last.pth.tar")
     model = network()
-    optimizer = made(model, AdamW)
+    optimizer = made(model, AdamW, **options)
     scaler = TwoPassScaler(optimizer, model, loss_fn)
     timm.models.resume_checkpoint(model, str(tmp_path / "last.pth.tar"), optimizer, scaler, log_info=False)
     Loop(model, optimizer, loss_fn, scaler).epoch(batches())
-    record("timm", "checkpoint", difference(model, reference))
+    record("timm", ", ".join(["checkpoint", *options]), difference(model, reference))
 
 
-@pytest.mark.parametrize("name", ("test_vit", "test_resnet"))
-def test_a_model_of_timm(name, record):
+@pytest.mark.parametrize("name, checkpointing", (("test_vit", False), ("test_resnet", False), ("test_vit", True)))
+def test_a_model_of_timm(name, checkpointing, record):
     """With the real thing: drop path, BatchNorm, label smoothing, and what create_optimizer_v2 makes of a name."""
     register()
     draw = torch.Generator().manual_seed(1)
@@ -228,6 +245,7 @@ def test_a_model_of_timm(name, record):
     def begun():
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=5, drop_path_rate=0.3)
+        model.set_grad_checkpointing(checkpointing)
         return model, create_optimizer_v2(model, "fsamadamw", lr=1e-3, weight_decay=0.05, rho=0.1)
 
     (ours, optimizer), (reference, plain) = begun(), begun()
@@ -236,7 +254,7 @@ def test_a_model_of_timm(name, record):
     losses = Loop(ours, optimizer, loss_fn, TwoPassScaler(optimizer, ours, loss_fn)).epoch(data)
     loss = lambda model, batch: loss_fn(model(batch[0]), batch[1])  # noqa: E731
     assert losses == train(reference, plain, data, states=states, loss=loss)
-    record("timm", name, difference(ours, reference))
+    record("timm", name + (", gradient checkpointing" if checkpointing else ""), difference(ours, reference))
 
 
 def on_a_rank(accumulate):
@@ -264,6 +282,19 @@ def test_a_compiled_model(record):
     losses = Loop(model, optimizer, loss_fn, TwoPassScaler(optimizer, model, loss_fn)).epoch(batches())
     assert losses == train(reference, made(reference), batches())
     record("timm", "torch.compile", difference(ours, reference))
+
+
+def test_what_an_ascent_measured_is_for_the_summary(tmp_path):
+    model, loss_fn = network(), nn.CrossEntropyLoss()
+    optimizer = made(model)
+    scaler = TwoPassScaler(optimizer, model, loss_fn)
+    losses = Loop(model, optimizer, loss_fn, scaler).epoch(batches())
+    metrics = {"loss": losses[-1], **{name: float(value) for name, value in scaler.stats().items()}}
+    update_summary(0, metrics, {}, tmp_path / "summary.csv", write_header=True)
+    with open(tmp_path / "summary.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["train_fsam/grad_norm"]) == float(optimizer.stats()["grad_norm"].float()) > 0
+    assert {"train_fsam/noise_norm", "train_fsam/cosine", "train_fsam/found_inf"} < row.keys()
 
 
 def test_evaluation_between_steps_is_not_kept():

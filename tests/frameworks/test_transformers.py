@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from fsam_ext import FriendlySAM
 
-from .reference import SIZE, RandomStates, batches, difference, network, rows, train
+from .reference import SIZE, RandomStates, batches, difference, network, rows, train, warming
 
 transformers = pytest.importorskip("transformers")
 from transformers import Trainer, TrainerCallback, get_scheduler  # noqa: E402
@@ -139,6 +139,14 @@ CASES = {
         {"gradient_accumulation_steps": 3},
         {"fsam": {"start": 5}, "accumulate": 3},
     ),
+    "rho warm-up": ({}, {"rho": warming}, {}, {"rho": warming}),
+    "rho warm-up, accumulation 3": (
+        {},
+        {"rho": warming},
+        {"gradient_accumulation_steps": 3},
+        {"rho": warming, "accumulate": 3},
+    ),
+    "every=2, reuse=0.3": ({}, {"every": 2, "reuse": 0.3}, {}, {"fsam": {"every": 2, "reuse": 0.3}}),
 }
 
 
@@ -263,8 +271,9 @@ def test_callbacks_and_logs_are_of_the_first_pass(tmp_path, record, monkeypatch)
         assert entry["fsam/found_inf"] == 0 and "fsam/effective_cosine" not in entry
 
 
+@pytest.mark.parametrize("extra", ({}, {"rho": warming}, {"reuse": 0.3}), ids=", ".join)
 @pytest.mark.parametrize("accumulate", (1, 2))
-def test_checkpoint_and_resume_in_mid_epoch(accumulate, tmp_path, record):
+def test_checkpoint_and_resume_in_mid_epoch(accumulate, extra, tmp_path, record):
     """With dropout and a random order: the Trainer saves the random numbers too."""
     how = {
         "gradient_accumulation_steps": accumulate,
@@ -275,12 +284,13 @@ def test_checkpoint_and_resume_in_mid_epoch(accumulate, tmp_path, record):
         "seed": 3,
     }
     whole, resumed = (Classifier(dropout=0.5, batch_norm=True) for _ in range(2))
-    fsam = {**FSAM, "every": 2}
+    fsam = {**FSAM, "every": 2, **extra}
     fit(tmp_path, whole, fsam, **how)
     trainer = FriendlySAMTrainer(resumed, arguments(tmp_path, **how), train_dataset=dataset(), fsam=fsam)
     trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{6 // accumulate}"))
     assert trainer.state.global_step == 16 // accumulate
-    record("transformers", f"resume in mid-epoch, accumulation {accumulate}", difference(resumed, whole))
+    case = ", ".join([f"resume in mid-epoch, accumulation {accumulate}", *extra])
+    record("transformers", case, difference(resumed, whole))
 
 
 def test_a_second_training_goes_on(tmp_path, record):

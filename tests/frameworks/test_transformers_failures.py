@@ -69,6 +69,7 @@ def test_what_is_refused(tmp_path):
     schedule_free = type("ScheduleFree", (torch.optim.SGD,), {"train": lambda self: None}), {"lr": 0.1}
     refused(ValueError, "ScheduleFree moves the weights", optimizer_cls_and_kwargs=schedule_free)
     refused(ValueError, "rho", fsam={"rho": -1.0})
+    refused(ValueError, "ascent_sync must be True with the Trainer", fsam={"ascent_sync": False})
     refused(TypeError, "a batch of type generator is used up", data_collator=lambda some: {"x": (row for row in some)})
 
 

@@ -133,6 +133,36 @@ def average(ema: Tensor | None, ema_scale: Tensor | None, call: Call) -> tuple[T
     return ema, small(ema_scale, "ema_scale", -(-call.rows.extent // ops.QUANTIZED), call.device, torch.float32)
 
 
+def kept_gradient(buffer: Tensor | None, name: str, call: Call) -> Tensor | None:
+    """What is kept of gradients, or reused, checked."""
+    if buffer is None:
+        return None
+    compute = ops.compute_dtype(call.dtype)
+    if buffer.dtype != compute and not (buffer.dtype == torch.bfloat16 and compute == torch.float32):
+        raise RuntimeError(f"fsam_ext: {name} must be float32 or bfloat16 (float64 for float64 parameters)")
+    return flat(buffer, name, call, buffer.dtype)
+
+
+def reused_direction(reused: Tensor | None, reuse_sq: Tensor | None, call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """What an update reuses and the squared norms, checked; neither where it reuses nothing."""
+    if reused is None:
+        return None, None
+    if reuse_sq is None:
+        raise RuntimeError("fsam_ext: reused needs reuse_sq, the squared norms of the gradient and of it")
+    kept_gradient(reused, "reused", call)
+    return reused, small(reuse_sq, "reuse_sq", 2, call.device, torch.float64)
+
+
+def square_sums(partials: Tensor | None, grad_sq: Tensor | None, call: Call) -> Tensor | None:
+    """Where each chunk's sum of squares goes, checked; None where `grad_sq` is not asked for."""
+    if grad_sq is None:
+        return None
+    if partials is None:
+        raise RuntimeError("fsam_ext: grad_sq needs partials, an element for each chunk")
+    small(grad_sq, "grad_sq", 1, call.device, torch.float64)
+    return small(partials, "partials", call.rows.chunks, call.device, ops.compute_dtype(call.dtype))
+
+
 def backup_dtype(backup: Tensor | None, call: Call) -> torch.dtype:
     """The dtype of the unperturbed weights, checked: that of the parameters, or float32 for masters."""
     has_masters = backup is not None and call.dtype.itemsize == 2 and backup.dtype == torch.float32

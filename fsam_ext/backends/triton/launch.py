@@ -32,7 +32,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 # NOTE [tiles]
-# The norm takes its chunk in one tile: a reduction then synchronises once. The other passes walk
+# Passes that only sum take their chunk in one tile: a reduction then synchronises once. The other passes walk
 # the chunk in tiles of 1024 (fp64: 512) elements with 128 threads, so that each thread holds 8
 # elements (4 of fp64) of up to four tensors: one or two 128-bit accesses for each tensor, no
 # spills, and enough programs on a multiprocessor to hide the memory's latency. Eight elements are
@@ -50,12 +50,12 @@ def threads(kernel: str, dtype: torch.dtype) -> int:
     """Threads of a program of ``kernel``, whatever the size of a warp is."""
     if kernel == "sum_partials":
         return 256
-    if kernel == "noise_norm":
+    if kernel in ("noise_norm", "dots"):
         return 512 if dtype == torch.float64 else 256
     return 128
 
 
-SUM_BLOCK = 2048  # chunks that the norm's second stage adds at once
+SUM_BLOCK = 2048  # chunks that a sum's second stage adds at once
 COUNT_BLOCK = 128  # parameters whose steps a program counts
 
 

@@ -23,21 +23,28 @@ SCHEMAS = {
     "perturb": "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? ema, Tensor(c!)? ema_scale, "
     "Tensor(d!) backup, Tensor stats, Tensor? grad_scale, float rho, Tensor? rho_tensor, float "
     "sigma, float lmbda, float eps, bool adaptive, bool ema_updated, bool feeds, int forward, "
-    "Tensor(e!)? effect, Tensor(f!)? journal=None) -> ()",
+    "Tensor(e!)? effect, Tensor(f!)? journal=None, Tensor(g!)? kept=None) -> ()",
     "update_ema": "(Tensor[] params, Tensor[] grads, Tensor offsets, Tensor(a!) ema, Tensor(b!)? ema_scale, "
     "Tensor? stats, Tensor? grad_scale, Tensor? found_inf, float lmbda, "
-    "Tensor(c!)? journal=None) -> ()",
+    "Tensor(c!)? journal=None, Tensor(d!)? partials=None, Tensor(e!)? grad_sq=None) -> ()",
+    "dots": "(Tensor[] params, Tensor[] grads, Tensor offsets, Tensor kept, Tensor? grad_scale, "
+    "Tensor(a!) partials, Tensor(b!) sums) -> ()",
+    "project": "(Tensor[] params, Tensor[] grads, Tensor offsets, Tensor(a!) kept, Tensor sums, Tensor? stats, "
+    "Tensor? grad_scale, Tensor? found_inf, Tensor(b!) partials, Tensor(c!) kept_sq, "
+    "Tensor(d!)? journal=None) -> ()",
     "restore": "(Tensor(a!)[] params, Tensor offsets, Tensor backup) -> ()",
     "restore_sgd": "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, Tensor(c!)? "
     "momentum_buffer, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, float lr, Tensor? "
     "lr_tensor, float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, "
-    "Tensor? rounding, bool adopts=False, Tensor(d!)? journal=None) -> ()",
+    "Tensor? rounding, bool adopts=False, Tensor(d!)? journal=None, Tensor? reused=None, "
+    "Tensor? reuse_sq=None, float reuse=0.0, float reuse_eps=0.0) -> ()",
     "count_steps": "(Tensor(a!) steps, Tensor index, Tensor(b!) corrections, Tensor? stats, Tensor? found_inf, "
     "float lr, Tensor? lr_tensor, float beta1, float beta2, Tensor(c!)? journal=None) -> ()",
     "restore_adam": "(Tensor(a!)[] params, Tensor[] grads, Tensor offsets, Tensor(b!)? backup, Tensor(c!) exp_avg, "
     "Tensor(d!) exp_avg_sq, Tensor corrections, Tensor? stats, Tensor? grad_scale, Tensor? found_inf, "
     "float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool "
-    "decoupled, bool maximize, Tensor? rounding, bool adopts=False, Tensor(e!)? journal=None) -> ()",
+    "decoupled, bool maximize, Tensor? rounding, bool adopts=False, Tensor(e!)? journal=None, "
+    "Tensor? reused=None, Tensor? reuse_sq=None, float reuse=0.0, float reuse_eps=0.0) -> ()",
 }
 
 

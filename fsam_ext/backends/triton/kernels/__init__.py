@@ -12,16 +12,20 @@ cannot be launched. So the parameters of a model are called `weights` here, and 
 
 from .adam import restore_adam
 from .average_update import update_ema
-from .norm import noise_norm, sum_partials
+from .norm import noise_norm
 from .perturbation import perturb
 from .plain_restore import restore
+from .projection import dots, project
 from .sgd import restore_sgd
 from .step_counts import count_steps
+from .sums import sum_partials
 
 __all__ = [
     "count_steps",
+    "dots",
     "noise_norm",
     "perturb",
+    "project",
     "restore",
     "restore_adam",
     "restore_sgd",

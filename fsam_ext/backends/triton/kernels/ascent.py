@@ -31,12 +31,3 @@ def noise(g, ema, scalars, UPDATED: tl.constexpr):
         return g - sigma * next_average(ema, g, scalars)
     else:
         return g - sigma * known(ema)
-
-
-@helper
-def sum_tile(x):
-    """Of a tile of one dimension or two."""
-    if len(x.shape) == 2:
-        return tl.sum(tl.sum(x, 1), 0)
-    else:
-        return tl.sum(x, 0)

@@ -19,7 +19,8 @@ from .arithmetic import helper
 
 # NOTE [types of a kernel]
 # T stores parameters and gradients, S is that of the arithmetic and of most state, M stores the
-# average (None: there is none), B the unperturbed weights: T for a copy, S for masters.
+# average (None: there is none), B the unperturbed weights: T for a copy, S for masters. K stores what is kept of
+# gradients, or reused (None: nothing is).
 
 # NOTE [stores are predicated]
 # Where an op must not change something (a norm that is not finite), the store's mask says so: it is

@@ -1,14 +1,15 @@
-"""Pass A: the squared norm of the noise and the other sums, in two stages."""
+"""Pass A: the squared norm of the noise and the other sums."""
 
 import triton
 import triton.language as tl
 
 from ... import ops
 from .arithmetic import helper, is_finite
-from .ascent import ascent_scalars, noise, sum_tile
+from .ascent import ascent_scalars, noise
 from .averages import known, lanes_of, load_average, scale_address
 from .memory import load, widen
 from .rows import CHUNK, address_in, chunk_of_program, is_whole
+from .sums import sum_tile
 
 STATISTICS = tl.constexpr(ops.STATISTICS)
 
@@ -61,16 +62,3 @@ def noise_norm(
         _sum_chunk(slot, w, g, m, scales, count, scalars, ADAPTIVE, UPDATED, T, S, M, True)
     else:
         _sum_chunk(slot, w, g, m, scales, count, scalars, ADAPTIVE, UPDATED, T, S, M, False)
-
-
-@triton.jit(do_not_specialize=["chunks"])
-def sum_partials(partials, chunks: tl.int64, stats, BLOCK: tl.constexpr):
-    """Pass A, stage 2: program k sums statistic k of all chunks in fp64, in a fixed order."""
-    k = tl.program_id(0)
-    lanes = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, chunks, BLOCK):
-        chunk = start + lanes
-        partial = tl.load(partials + chunk * STATISTICS + k, mask=chunk < chunks, other=0.0)
-        total += partial.to(tl.float64)
-    tl.store(stats + k, tl.sum(total, 0))

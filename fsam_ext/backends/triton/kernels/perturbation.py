@@ -5,11 +5,12 @@ import triton.language as tl
 
 from ... import ops
 from .arithmetic import double, helper, is_finite, number
-from .ascent import ascent_scalars, next_average, noise, sum_tile
+from .ascent import ascent_scalars, next_average, noise
 from .averages import lanes_of, load_average, scale_address, store_average
 from .base import others_wrote
 from .memory import load, narrow, store, store_masked, store_where, widen
 from .rows import address_in, chunk_of_program, is_whole
+from .sums import sum_tile
 
 EFFECT = tl.constexpr(ops.EFFECT)
 
@@ -28,9 +29,10 @@ def _seen(stored, T: tl.constexpr, FORWARD: tl.constexpr):
 
 @helper
 def _perturb_chunk(
-    w, g, m, scales, b, effect, count, finite, step_length, scalars, ADAPTIVE: tl.constexpr,
+    w, g, m, scales, b, k, effect, count, finite, step_length, scalars, ADAPTIVE: tl.constexpr,
     UPDATED: tl.constexpr, FEEDS: tl.constexpr, FORWARD: tl.constexpr, T: tl.constexpr,
-    S: tl.constexpr, M: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr, B: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     if effect is not None:
         effective_sq = tl.zeros_like(lanes_of(0, BLOCK, M)).to(S)
@@ -63,6 +65,8 @@ def _perturb_chunk(
         if FEEDS and M is not None:
             average = next_average(ema, gradient, scalars)
             store_average(finite, m, scales, start, lanes, count, average, M, BLOCK, WHOLE)
+        if K is not None:
+            store_where(finite, k, lanes, count, narrow(gradient, K), K, WHOLE)
         if effect is not None:
             effective = _seen(after, T, FORWARD) - _seen(before, T, FORWARD)
             effective_sq += effective * effective
@@ -78,20 +82,23 @@ def _perturb_chunk(
 def perturb(
     weights, grads, numel: tl.int64, offset: tl.int64, table, rows_of_chunks,
     ema, ema_scale, backup, stats, grad_scale, rho_tensor,
-    rho: tl.float64, sigma: tl.float64, lmbda: tl.float64, eps: tl.float64, effect,
+    rho: tl.float64, sigma: tl.float64, lmbda: tl.float64, eps: tl.float64, effect, kept,
     ADAPTIVE: tl.constexpr, UPDATED: tl.constexpr, FEEDS: tl.constexpr, FORWARD: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, M: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, M: tl.constexpr, B: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Pass B: backup = w; m = lmbda m + (1 - lmbda) g; w = w + rho d / (norm + eps).
 
     Adaptive: w = w + rho |w|^2 d / (norm + eps). Where the norm is not finite w and m keep their
-    bits. Masters adopt w first and are read in its place. Li et al., CVPR 2024 (arXiv 2403.12350),
-    Algorithm 1, and its official code; adaptive: Kwon et al., ICML 2021 (arXiv 2102.11600).
+    bits, and so does `kept`, which gets g else. Masters adopt w first and are read in its place.
+    Li et al., CVPR 2024 (arXiv 2403.12350), Algorithm 1, and its official code; adaptive: Kwon et
+    al., ICML 2021 (arXiv 2102.11600).
     """
     row, w, g, at, count = chunk_of_program(weights, grads, numel, offset, table, rows_of_chunks, T)
     m = address_in(ema, at, g)
     scales = scale_address(ema_scale, at, g)
     b = address_in(backup, at, w)
+    k = address_in(kept, at, g)
     scalars = ascent_scalars(grad_scale, sigma, lmbda, S)
     noise_sq = tl.load(stats)
     finite = is_finite(noise_sq)
@@ -100,13 +107,13 @@ def perturb(
     sums = None
     if effect is not None:
         sums = effect + tl.program_id(0).to(tl.int64) * EFFECT
-    if is_whole(w | g | m | b, count):
+    if is_whole(w | g | k | m | b, count):
         _perturb_chunk(
-            w, g, m, scales, b, sums, count, finite, length, scalars, ADAPTIVE, UPDATED, FEEDS,
-            FORWARD, T, S, M, B, BLOCK, True,
+            w, g, m, scales, b, k, sums, count, finite, length, scalars, ADAPTIVE, UPDATED, FEEDS,
+            FORWARD, T, S, M, B, K, BLOCK, True,
         )  # fmt: skip
     else:
         _perturb_chunk(
-            w, g, m, scales, b, sums, count, finite, length, scalars, ADAPTIVE, UPDATED, FEEDS,
-            FORWARD, T, S, M, B, BLOCK, False,
+            w, g, m, scales, b, k, sums, count, finite, length, scalars, ADAPTIVE, UPDATED, FEEDS,
+            FORWARD, T, S, M, B, K, BLOCK, False,
         )  # fmt: skip
