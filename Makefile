@@ -41,7 +41,7 @@ CPP          = $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/.extra-demo ## train on Fashion-MNIST: plain, SAM and F-SAM
+demo: $(VENV)/.extra-demo ## train on Fashion-MNIST: plain, SAM, F-SAM, and F-SAM with fewer second passes
 	$(BUILD) --inplace
 	$(PY) examples/fashion_mnist.py $(ARGS)
 

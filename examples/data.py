@@ -287,3 +287,15 @@ def noisy_subset(train: Split, size: int, noise: float, seed: int) -> Split:
     shift = torch.randint(1, CLASSES, (len(flipped),), generator=random)
     labels[flipped] = (labels[flipped] + shift) % CLASSES
     return Split(train.images[chosen], labels)
+
+
+def held_out(train: Split, size: int, seed: int) -> Split:
+    """``size`` training examples that :func:`noisy_subset` of this size and seed leaves out, with their true labels.
+
+    Raises ``Unavailable`` where there are not so many.
+    """
+    if len(train.labels) < 2 * size:
+        raise Unavailable(f"{size} examples to train on leave too few of {len(train.labels)} to hold {size} out")
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))
+    chosen = order[size : 2 * size]
+    return Split(train.images[chosen], train.labels[chosen])

@@ -3,11 +3,12 @@
     python examples/fashion_mnist.py               every method, one seed
     python examples/fashion_mnist.py --seeds 5     the table, with standard errors
     python examples/fashion_mnist.py --method fsam --rho 0.1 0.2 --base adamw
-    python examples/fashion_mnist.py --method fsam --rho 0.2 --every 2 5 --last 0.3 --average int8
+    python examples/fashion_mnist.py --method fsam --every 2 5 --reuse 5:0.3 --last 0.3 --average int8
+    python examples/fashion_mnist.py --arch cnn --noise 0.2
     python examples/fashion_mnist.py --resume      after Ctrl-C
 
-This file is the command line and the order of things; data.py, training.py, sharpness.py and
-report.py do the work. docs/demo.md shows the results and says what they mean.
+This file is the command line and the order of things; data.py, models.py, training.py, sharpness.py,
+report.py and pictures.py do the work. docs/demo.md shows the results and says what they mean.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 # Before torch loads OpenMP: threads that spin while they wait, its default, make a busy machine ten times slower.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import data
+import pictures
 import report
 import torch
+from models import ARCHITECTURES
 from tqdm import tqdm
 from training import (
     AVERAGES,
@@ -38,7 +42,6 @@ from training import (
     Result,
     Run,
     Trainer,
-    build_model,
     build_optimizer,
 )
 
@@ -55,78 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
         "~/.cache/fsam_ext.",
         usage="%(prog)s [options]",
     )
-    runs = parser.add_argument_group("what to run: every method, and SAM and F-SAM at every rho")
-    runs.add_argument(
-        "--method",
-        nargs="+",
-        choices=METHODS,
-        default=list(METHODS),
-        metavar="NAME",
-        help="base: the base optimizer alone; tuned: SGD with an lr and weight decay that suit it "
-        "alone; sam; fsam (default: all four)",
-    )
-    runs.add_argument(
-        "--rho",
-        nargs="+",
-        type=float,
-        default=[0.2, 0.4, 0.8],
-        help="radius of the perturbation (default: 0.2 0.4 0.8)",
-    )
-    runs.add_argument(
-        "--sigma",
-        type=float,
-        default=1.0,
-        help="F-SAM: share of the gradients' EMA taken off the gradient (default: 1)",
-    )
-    runs.add_argument("--lmbda", type=float, default=0.9, help="F-SAM: decay of the EMA (default: 0.9)")
-    runs.add_argument(
-        "--every",
-        nargs="+",
-        type=_positive,
-        default=[],
-        metavar="STEPS",
-        help="F-SAM: runs more that ascend in each STEPSth step only",
-    )
-    runs.add_argument(
-        "--last",
-        nargs="+",
-        type=_fraction,
-        default=[],
-        metavar="FRACTION",
-        help="F-SAM: runs more that ascend in the last FRACTION of the training only",
-    )
-    runs.add_argument(
-        "--average",
-        nargs="+",
-        choices=AVERAGES,
-        default=[],
-        metavar="DTYPE",
-        help=f"F-SAM: runs more whose average is stored as DTYPE, of {', '.join(AVERAGES)}",
-    )
-    runs.add_argument("--base", choices=list(BASES), default="sgd", help="base optimizer (default: sgd)")
-    runs.add_argument(
-        "--lr",
-        type=float,
-        help="learning rate of all but tuned (default: 0.05 for sgd, else 0.001)",
-    )
-    runs.add_argument("--weight-decay", type=float, help="likewise (default: 5e-4, adamw 5e-2)")
-    runs.add_argument("--epochs", type=_positive, default=30, help="(default: 30)")
-    runs.add_argument("--seeds", type=_positive, default=1, help="number of seeds (default: 1)")
-    runs.add_argument(
-        "--noise",
-        type=_fraction,
-        default=0.4,
-        help="fraction of the training labels made wrong (default: 0.4)",
-    )
+    add_task(parser.add_argument_group("the task"))
+    add_runs(parser.add_argument_group("what to run: every method, and SAM and F-SAM at every rho"))
+    add_changes(parser.add_argument_group("runs more, each with one thing changed; an option without a value: none"))
     how = parser.add_argument_group("where and how")
-    how.add_argument(
-        "--dataset",
-        choices=("auto", "fashion-mnist", "digits"),
-        default="auto",
-        metavar="NAME",
-        help="fashion-mnist; digits; auto: Fashion-MNIST, or where it cannot be had the digits of "
-        "scikit-learn (default: auto)",
-    )
+    how.add_argument("--seeds", type=_positive, default=1, help="number of seeds (default: 1)")
     how.add_argument("--backend", help="backend of fsam_ext for sam and fsam (default: the best for the device)")
     how.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     how.add_argument(
@@ -139,18 +75,141 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_task(group: Any) -> None:
+    """What is learnt, and by which net."""
+    group.add_argument(
+        "--arch",
+        choices=tuple(ARCHITECTURES),
+        default="mlp",
+        metavar="NAME",
+        help="mlp; cnn: a small convolutional net with BatchNorm (default: mlp)",
+    )
+    group.add_argument(
+        "--noise",
+        type=_fraction,
+        default=0.4,
+        help="fraction of the training labels made wrong (default: 0.4)",
+    )
+    epochs = ", ".join(f"{net.epochs} for {name}" for name, net in ARCHITECTURES.items())
+    group.add_argument("--epochs", type=_positive, help=f"(default: {epochs})")
+    group.add_argument(
+        "--dataset",
+        choices=("auto", "fashion-mnist", "digits"),
+        default="auto",
+        metavar="NAME",
+        help="fashion-mnist; digits; auto: Fashion-MNIST, or where it cannot be had the digits of "
+        "scikit-learn (default: auto)",
+    )
+
+
+def add_runs(group: Any) -> None:
+    """The methods and their settings."""
+    group.add_argument(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="NAME",
+        help="base: the base optimizer alone; tuned: SGD with an lr and weight decay that suit it "
+        "alone; sam; fsam (default: all four)",
+    )
+    group.add_argument(
+        "--rho",
+        nargs="+",
+        type=float,
+        default=[0.2],
+        help="radius of the perturbation (default: 0.2)",
+    )
+    group.add_argument(
+        "--sigma",
+        type=float,
+        default=1.0,
+        help="F-SAM: share of the gradients' EMA taken off the gradient (default: 1)",
+    )
+    group.add_argument("--lmbda", type=float, default=0.9, help="F-SAM: decay of the EMA (default: 0.9)")
+    group.add_argument("--base", choices=list(BASES), default="sgd", help="base optimizer (default: sgd)")
+    group.add_argument(
+        "--lr",
+        type=float,
+        help="learning rate of all but tuned (default: 0.05 for sgd, else 0.001)",
+    )
+    group.add_argument("--weight-decay", type=float, help="likewise (default: 5e-4, adamw 5e-2)")
+    group.add_argument(
+        "--tuned",
+        nargs=2,
+        type=float,
+        default=TUNED_SGD,
+        metavar=("LR", "DECAY"),
+        help="learning rate and weight decay of tuned (default: 0.01 5e-3)",
+    )
+
+
+def add_changes(group: Any) -> None:
+    """What is changed in F-SAM, or for ``--longer`` in what has one pass a step."""
+    group.add_argument(
+        "--every",
+        nargs="*",
+        type=_positive,
+        default=[2, 5],
+        metavar="STEPS",
+        help="F-SAM that ascends in each STEPSth step only (default: 2 5)",
+    )
+    group.add_argument(
+        "--reuse",
+        nargs="*",
+        type=_reuse,
+        default=[(2, 0.4), (5, 0.3), (10, 0.3)],
+        metavar="STEPS:SHARE",
+        help="the same, with SHARE of the second gradient reused in between (default: 2:0.4 5:0.3 10:0.3)",
+    )
+    group.add_argument(
+        "--longer",
+        nargs="*",
+        type=_positive,
+        default=[2],
+        metavar="TIMES",
+        help="base and tuned with TIMES as many epochs; 2 have the passes of SAM (default: 2)",
+    )
+    group.add_argument(
+        "--last",
+        nargs="*",
+        type=_fraction,
+        default=[],
+        metavar="FRACTION",
+        help="F-SAM that ascends in the last FRACTION of the training only",
+    )
+    group.add_argument(
+        "--average",
+        nargs="*",
+        choices=AVERAGES,
+        default=[],
+        metavar="DTYPE",
+        help=f"F-SAM whose average is stored as DTYPE, of {', '.join(AVERAGES)}",
+    )
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
+    return int(text)
 
 
 def _fraction(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number in [0, 1]") from None
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
     return value
+
+
+def _reuse(text: str) -> tuple[int, float]:
+    steps, _, share = text.partition(":")
+    try:
+        return _positive(steps), float(share)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text} is not STEPS:SHARE, as in 5:0.3") from None
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -172,25 +231,29 @@ def plan(options: argparse.Namespace, dataset: str) -> list[Run]:
     lr, weight_decay = DEFAULTS[options.base]
     lr = lr if options.lr is None else options.lr
     weight_decay = weight_decay if options.weight_decay is None else options.weight_decay
+    epochs = options.epochs or ARCHITECTURES[options.arch].epochs
     variants: list[dict] = []
     if "base" in options.method:
         variants.append({"method": "base", "lr": lr, "weight_decay": weight_decay})
     if "tuned" in options.method and options.base == "sgd":
-        variants.append({"method": "tuned", "lr": TUNED_SGD[0], "weight_decay": TUNED_SGD[1]})
+        variants.append({"method": "tuned", "lr": options.tuned[0], "weight_decay": options.tuned[1]})
+    variants += [{**variant, "longer": times} for times in options.longer for variant in variants]
     for rho in dict.fromkeys(options.rho):
         shared = {"lr": lr, "weight_decay": weight_decay, "rho": rho, "backend": options.backend}
         if "sam" in options.method:
             variants.append({"method": "sam", **shared})
         if "fsam" in options.method:
             fsam = {"method": "fsam", "sigma": options.sigma, "lmbda": options.lmbda, **shared}
-            changes = [(name, value) for name in ("every", "last", "average") for value in getattr(options, name)]
-            variants += [fsam, *({**fsam, name: value} for name, value in changes)]
+            changes = [{name: value} for name in ("every", "last", "average") for value in getattr(options, name)]
+            changes += [{"every": steps, "reuse": share} for steps, share in options.reuse]
+            variants += [fsam, *({**fsam, **change} for change in changes)]
     runs = [
         Run(
             dataset=dataset,
             seed=seed,
+            arch=options.arch,
             base=options.base,
-            epochs=options.epochs,
+            epochs=epochs,
             noise=options.noise,
             device=options.device,
             **variant,
@@ -207,7 +270,7 @@ def check(runs: list[Run], parser: argparse.ArgumentParser) -> None:
         parser.error("--method tuned is for --base sgd only: nothing is left to run")
     for run in runs:
         try:
-            build_optimizer(run, list(build_model(1).to(run.device).parameters()), steps=1)
+            build_optimizer(run, list(ARCHITECTURES[run.arch].build(1).to(run.device).parameters()), steps=1)
         except (ValueError, TypeError, RuntimeError, AssertionError) as error:
             parser.error(f"{run.label}: {error}")
 
@@ -219,7 +282,7 @@ def train(run: Run, dataset: data.Dataset, checkpoint: Path, resume: bool, inter
         trainer.load(checkpoint)
     per_epoch = trainer.steps_per_epoch
     with tqdm(
-        total=run.epochs * per_epoch,
+        total=trainer.epochs * per_epoch,
         initial=trainer.epoch * per_epoch + trainer.step,
         desc=f"{run.label} seed {run.seed}",
         unit="step",
@@ -277,8 +340,9 @@ def main(argv: list[str] | None = None) -> int:
             )
     picture = options.out / "results.png"
     where = options.device if options.device != "cpu" else f"cpu, {torch.get_num_threads()} threads"
-    report.draw(finished, picture)
-    print(f"\n{dataset.name}, {options.epochs} epochs, torch {torch.__version__}, {where}\n")
+    pictures.draw(finished, picture)
+    task = f"{dataset.name}, {options.arch}, {runs[0].epochs} epochs, {pictures.noise_of(finished)}"
+    print(f"\n{task}, torch {torch.__version__}, {where}\n")
     print(report.table(finished))
     print("\n" + "\n".join(f"wrote {path}" for path in [*files, picture, checkpoints]))
     return 0

@@ -8,22 +8,25 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from data import CLASSES, Dataset, Split, noisy_subset
+from data import Dataset, Split, noisy_subset
+from models import ARCHITECTURES
 from sharpness import top_hessian_eigenvalue
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fsam_ext import SAM, FriendlySAM
+from fsam_ext import SAM, FriendlySAM, freeze_stats
 
 BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 AVERAGES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 METHODS = ("base", "tuned", "sam", "fsam")
 TRAIN_SIZE = 10_000
+EIGENVALUE_SIZE = 2_000  # of them, for the Hessian: with all of them it would take longer than the training
 BATCH_SIZE = 128
 MOMENTUM = 0.9
 
@@ -38,7 +41,7 @@ class Run:
     base: str  # of BASES
     lr: float
     weight_decay: float
-    epochs: int
+    epochs: int  # of which a run with ``longer`` has several times as many
     noise: float  # fraction of the training labels that are wrong
     rho: float | None = None  # sam and fsam only
     sigma: float | None = None  # fsam only
@@ -48,6 +51,9 @@ class Run:
     average: str = "float32"  # of AVERAGES: what stores the average of the gradients
     backend: str | None = None
     device: str = "cpu"
+    reuse: float | None = None  # fsam only: share of an ascent's second gradient in the steps until the next one
+    longer: int = 1  # times as many epochs
+    arch: str = "mlp"  # of models.ARCHITECTURES
 
     @property
     def label(self) -> str:
@@ -61,8 +67,10 @@ class Run:
     def change(self) -> str:
         """What sets the run apart from the plain one of its method and rho; empty for that one."""
         changes = [f"every {self.every}"] if self.every != 1 else []
+        changes += [f"reuse {self.reuse:g}"] if self.reuse is not None else []
         changes += [f"last {self.last:.0%}"] if self.last != 1 else []
         changes += [f"{self.average} average"] if self.average != "float32" else []
+        changes += [f"{self.longer} x epochs"] if self.longer != 1 else []
         return ", ".join(changes)
 
     @property
@@ -79,8 +87,8 @@ class Result:
     test_accuracy: float  # after the last epoch
     curve: list[float]  # test accuracy after each epoch
     train_loss: float  # clean loss, mean over the last epoch's steps, on the noisy labels
-    top_eigenvalue: float  # of the Hessian of the training loss, all examples, noisy labels
-    passes: float  # forward-backward passes in a step, on average: the cost that needs no clock
+    top_eigenvalue: float  # of the Hessian of the training loss, of EIGENVALUE_SIZE examples with their noisy labels
+    passes: float  # forward-backward passes for each step of a run that is not longer: the cost that needs no clock
     seconds: float  # training only: no evaluation, no eigenvalue, no checkpoint
 
 
@@ -121,10 +129,6 @@ class DeferredInterrupt:
         self.requested = True
 
 
-def build_model(pixels: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(pixels, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, CLASSES))
-
-
 def build_optimizer(run: Run, params: list[nn.Parameter], steps: int) -> torch.optim.Optimizer:
     """The optimizer of ``run``, which has ``steps`` steps. Bad values are the optimizer's to refuse, in its words."""
     options: dict[str, Any] = {"lr": run.lr, "weight_decay": run.weight_decay}
@@ -136,6 +140,8 @@ def build_optimizer(run: Run, params: list[nn.Parameter], steps: int) -> torch.o
     if run.method == "sam":
         return SAM(params, base, **options)
     if run.method == "fsam":
+        if run.reuse is not None:
+            options["reuse"] = run.reuse
         return FriendlySAM(params, base, sigma=run.sigma, lmbda=run.lmbda, ema_dtype=AVERAGES[run.average], **options)
     return base(params, **options)
 
@@ -148,9 +154,10 @@ class Trainer:
         self.train = noisy_subset(data.train, TRAIN_SIZE, run.noise, run.seed).to(run.device)
         self.test = data.test.to(run.device)
         torch.manual_seed(run.seed)  # the initial weights; nothing later draws from this generator
-        self.model = build_model(self.train.images.shape[1]).to(run.device)
+        self.model = ARCHITECTURES[run.arch].build(self.train.images.shape[1]).to(run.device)
         self.steps_per_epoch = math.ceil(len(self.train.labels) / BATCH_SIZE)
-        steps = run.epochs * self.steps_per_epoch
+        self.epochs = run.epochs * run.longer
+        steps = self.epochs * self.steps_per_epoch
         self.optimizer = build_optimizer(run, list(self.model.parameters()), steps)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
         self.shuffle = torch.Generator().manual_seed(run.seed)
@@ -191,11 +198,11 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Continues from a checkpoint; ``OtherSettings`` where it was written under other ones."""
         state = torch.load(path, map_location=self.run.device, weights_only=True)
-        asked, written = dataclasses.asdict(self.run), state["run"]
+        asked, written = dataclasses.asdict(self.run), dataclasses.asdict(Run(**state["run"]))
         for name, value in asked.items():
-            if written.get(name) != value:
+            if written[name] != value:
                 raise OtherSettings(
-                    f"{path} was written with {name}={written.get(name)}, but this command says "
+                    f"{path} was written with {name}={written[name]}, but this command says "
                     f"{name}={value}: leave out --resume, or give the options of the first run"
                 )
         self.model.load_state_dict(state["model"])
@@ -220,7 +227,7 @@ class Trainer:
                 self.save(checkpoint)
                 raise Interrupted(str(checkpoint))
 
-        while self.epoch < self.run.epochs:
+        while self.epoch < self.epochs:
             self.model.train()
             while self.step < self.steps_per_epoch:
                 started = time.perf_counter()
@@ -245,11 +252,14 @@ class Trainer:
     def train_step(self) -> None:
         """One step of the optimizer, on :meth:`batch`."""
         images, labels = self.batch()
+        before = self.passes
 
         def closure() -> Tensor:
             self.passes += 1
             self.optimizer.zero_grad()
-            loss = cross_entropy(self.model(images), labels)
+            # BatchNorm's running statistics see each batch once, at the weights that are kept.
+            with freeze_stats(self.model) if self.passes - before > 1 else nullcontext():
+                loss = cross_entropy(self.model(images), labels)
             loss.backward()
             return loss
 
@@ -268,8 +278,10 @@ class Trainer:
         self._start_epoch()
 
     def _top_eigenvalue(self, after_iteration: Callable[[], None]) -> float:
+        self.model.eval()  # one loss for all images, not one for each batch's statistics
+        images, labels = self.train.images[:EIGENVALUE_SIZE], self.train.labels[:EIGENVALUE_SIZE]
         return top_hessian_eigenvalue(
-            lambda: cross_entropy(self.model(self.train.images), self.train.labels),
+            lambda: cross_entropy(self.model(images), labels),
             list(self.model.parameters()),
             after_iteration=after_iteration,
         )

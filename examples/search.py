@@ -1,0 +1,77 @@
+"""Which learning rate, weight decay and rho each method likes best: the small search behind the demo's settings.
+
+    python examples/search.py --arch cnn --noise 0.2
+
+Every method gets the same learning rates and weight decays, SAM and F-SAM the same rhos. One seed that no table uses;
+judged by the accuracy after the last epoch on training images that are not trained on, with their true labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+
+import data
+from fashion_mnist import add_task
+from models import ARCHITECTURES
+from tqdm import tqdm
+from training import TRAIN_SIZE, Run, Trainer
+
+SEED = 100
+LEARNING_RATES = (0.01, 0.05)
+WEIGHT_DECAYS = (5e-4, 5e-3, 2e-2)
+RHOS = (0.1, 0.2)
+
+
+def runs(dataset: str, arch: str, noise: float, epochs: int, methods: list[str]) -> list[Run]:
+    """The search, method by method."""
+    found = []
+    for method in methods:
+        fsam = {"sigma": 1.0, "lmbda": 0.9} if method == "fsam" else {}
+        rhos = (None,) if method == "base" else RHOS
+        found += [
+            Run(dataset, method, SEED, "sgd", lr, weight_decay, epochs, noise, rho, arch=arch, **fsam)
+            for rho, lr, weight_decay in product(rhos, LEARNING_RATES, WEIGHT_DECAYS)
+        ]
+    return found
+
+
+def final_accuracy(run: Run, dataset: data.Dataset) -> float:
+    """Test accuracy after the last epoch."""
+    trainer = Trainer(run, dataset)
+    while trainer.epoch < trainer.epochs:
+        trainer.model.train()
+        while trainer.step < trainer.steps_per_epoch:
+            trainer.train_step()
+        trainer.end_epoch()
+    return trainer.curve[-1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add_task(parser)
+    parser.add_argument(
+        "--method", nargs="+", choices=("base", "sam", "fsam"), default=["base", "sam", "fsam"], metavar="NAME"
+    )
+    options = parser.parse_args(argv)
+    try:
+        found = data.load(options.dataset)
+        dataset = found._replace(test=data.held_out(found.train, TRAIN_SIZE, SEED))
+    except data.Unavailable as reason:
+        parser.exit(1, f"{options.dataset} cannot be searched with:\n  {reason}\n")
+    epochs = options.epochs or ARCHITECTURES[options.arch].epochs
+    best: dict[str, tuple[float, Run]] = {}
+    print(f"{'':8}{'rho':>6}{'lr':>8}{'weight decay':>14}{'accuracy %':>12}")
+    for run in tqdm(runs(found.name, options.arch, options.noise, epochs, options.method), unit="run", disable=None):
+        accuracy = final_accuracy(run, dataset)
+        rho = "" if run.rho is None else f"{run.rho:g}"
+        tqdm.write(f"{run.method:8}{rho:>6}{run.lr:8g}{run.weight_decay:14g}{100 * accuracy:12.2f}")
+        best[run.method] = max(best.get(run.method, (0.0, run)), (accuracy, run), key=lambda pair: pair[0])
+    for method, (accuracy, run) in best.items():
+        rho = "" if run.rho is None else f" rho {run.rho:g}"
+        print(f"best for {method}:{rho} lr {run.lr:g} weight decay {run.weight_decay:g} ({100 * accuracy:.2f} %)")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
