@@ -80,7 +80,7 @@ class FriendlySAM(StatefulOptimizer):
             reached. The average sees a gradient in every step.
         reuse: add what the last ascent found to the gradients of the steps between two ascents: the part of its second
             gradient that is orthogonal to the first, as long as ``reuse`` times the gradient (LookSAM, Liu et al., CVPR
-            2022). With ``every``, for noisy labels: docs/choosing.md. Costs 4 bytes a parameter; SGD, Adam, AdamW only.
+            2022). With ``every``, for wrong labels: docs/demo.md. Costs 4 bytes a parameter; SGD, Adam, AdamW only.
         reuse_dtype: what stores that part: torch.float32 or torch.bfloat16; None: the dtype of the arithmetic.
         master_weights: keep float32 copies of bfloat16 and float16 parameters, which the base optimizer updates and of
             which the parameters are the rounded values. There is no backup then. SGD, Adam and AdamW only.
