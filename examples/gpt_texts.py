@@ -141,9 +141,7 @@ def load(package: Package, own: Path | None = None, say: Callable[[str], None] =
     raise Unavailable(f"{package.text} (Debian's {package.name}) cannot be had here:\n  {tried}")
 
 
-def _sources(
-    package: Package, kept: Path, say: Callable[[str], None]
-) -> Iterator[tuple[str, Callable[[], bytes]]]:
+def _sources(package: Package, kept: Path, say: Callable[[str], None]) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """Where to look, nearest first: (name, what reads the text). Lazy: the next one only after the one before."""
     yield str(kept), kept.read_bytes
     yield f"Debian's {package.name} (installed)", lambda: _text(package, _installed(package))
