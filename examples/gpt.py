@@ -16,7 +16,10 @@ import dataclasses
 import hashlib
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Before torch loads OpenMP: threads that spin while they wait, its default, make a busy machine ten times slower.
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -115,7 +118,8 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--steps {options.steps}: a fork has a fifth of them, so it takes 5 or more")
     if options.docs and not gpt_report.has_place(options.docs):
         parser.error(
-            f"--docs {options.docs}: no document with the lines {gpt_report.BEGIN} and {gpt_report.END} to put tables between"
+            f"--docs {options.docs}: not a document with the lines {gpt_report.BEGIN} and {gpt_report.END}, "
+            "which tables are put between"
         )
     recipe = recipe_of(options, (b"", b""))
     for arm in options.arms:
@@ -130,13 +134,20 @@ def load_texts(options: argparse.Namespace) -> tuple[Recipe, Texts]:
     packages = {"text1": gpt_texts.PYTHON_DOCS, "text2": gpt_texts.KING_JAMES}
     raw = tuple(gpt_texts.load(package, getattr(options, name)) for name, package in packages.items())
     recipe = recipe_of(options, raw)
-    texts = []
-    for number, tokens in enumerate(tokenized(raw, recipe.vocabulary), 1):
-        try:
-            texts.append(Text.of(tokens, recipe.context, recipe.held_out))
-        except Unavailable as reason:
-            raise Unavailable(f"text {number} ({getattr(recipe, f'text{number}')}): {reason}") from None
-    return recipe, tuple(texts)
+    tokens = _named(recipe.text1, lambda: tokenized(raw, recipe.vocabulary))
+    names = (recipe.text1, recipe.text2)
+    return recipe, tuple(
+        _named(name, partial(Text.of, of_text, recipe.context, recipe.held_out))
+        for name, of_text in zip(names, tokens, strict=True)
+    )
+
+
+def _named(name: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` makes; ``Unavailable`` says of which text it speaks."""
+    try:
+        return make()
+    except Unavailable as reason:
+        raise Unavailable(f"the text {name} cannot be used: {reason}") from None
 
 
 def passes_of(stretch: Stretch) -> int:

@@ -93,9 +93,7 @@ def measure(
     figures: dict[str, Any] = {"loss": loss(model, texts[0].held_out)}
     for bits in BITS:
         figures[f"loss{bits}"] = loss(quantized(model, bits), texts[0].held_out)
-    figures["finetune"] = {
-        f"{lr:g}": finetune(model, lr, recipe, seed, texts, interrupt, after_step) for lr in FINETUNE_LRS
-    }
+    figures["finetune"] = [finetune(model, lr, recipe, seed, texts, interrupt, after_step) for lr in FINETUNE_LRS]
     return figures
 
 

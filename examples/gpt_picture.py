@@ -42,10 +42,10 @@ def draw(rows: list[Row], recipe: Recipe, path: Path) -> None:
         _points(ax, places, recipe)
         ax.set(title=f"Matrices of {bits} bits", xlabel="forward-backward passes", ylabel="loss on text 1")
     for number, lr in enumerate(LRS):
-        figures_at = {
-            arm: [_estimate(figures, arm, f"{name} {lr}") for name in ("text 2 at", "forgets at")] for arm in present
-        }
-        _points(axes[2], {arm: tuple(place) for arm, place in figures_at.items()}, recipe, hollow=number > 0)
+        names = (f"text 2 at {lr}", f"forgets at {lr}")
+        _points(
+            axes[2], {arm: tuple(_estimate(figures, arm, name) for name in names) for arm in present}, recipe, number
+        )
     axes[2].set(
         title=f"Fine-tuned at {LRS[0]}, and at {LRS[1]} (hollow)",
         xlabel="loss on text 2, learnt",
@@ -66,7 +66,7 @@ def _estimate(figures: Values, arm: str, name: str) -> Estimate:
     return Estimate.of(of_seed[name] for of_seed in figures[arm].values())
 
 
-def _points(ax: Any, places: dict[str, tuple[Estimate, Estimate]], recipe: Recipe, hollow: bool = False) -> None:
+def _points(ax: Any, places: dict[str, tuple[Estimate, Estimate]], recipe: Recipe, hollow: int = 0) -> None:
     """A point for each arm, and a line through what plain AdamW does with more passes."""
     frontier = [places[arm] for arm in FRONTIER if arm in places]
     ax.plot([x.mean for x, _ in frontier], [y.mean for _, y in frontier], color="#222222", linewidth=1, zorder=1)

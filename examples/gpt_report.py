@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,21 +12,23 @@ from gpt_training import FINETUNE_LRS, Recipe, arms, label
 from report import Estimate
 
 BEGIN, END = "<!-- make demo-gpt: begin -->", "<!-- make demo-gpt: end -->"
-LRS = tuple(f"{lr:g}" for lr in FINETUNE_LRS)
+LRS = tuple(f"{lr:.0e}".replace("e-0", "e-") for lr in FINETUNE_LRS)
 QUANTIZATION = ("loss", "4 bits add", "3 bits add", "4-bit loss", "3-bit loss")
-# "alike": at the loss on text 2 that the worst arm of the seed ends with, which all arms reach.
-FORGETTING = tuple(f"{name} {lr}" for lr in LRS for name in ("forgets at", "text 2 at", "forgets alike at"))
+FORGETTING = tuple(f"{name} {lr}" for lr in LRS for name in ("forgets at", "text 2 at", "matched at"))
+READING = (
+    "Loss is that of what is held out of text 1. An arm forgets what fine-tuning on text 2 adds to it, at either "
+    "learning rate; matched, what it had forgotten when its loss on text 2 came down to the one that the worst arm of "
+    "the seed ends with."
+)
 
-# What is told from what, by which equality.
+# What is told from what.
 PAIRS = (
-    *((sharp, "middle", "as many steps") for sharp in ("sam", "fsam", "every", "reuse")),
-    *((sharp, "short", "nearest loss") for sharp in ("sam", "fsam", "every", "reuse")),
-    *((sharp, "long", "as many passes") for sharp in ("sam", "fsam")),
-    *((sharp, "late", "as many passes") for sharp in ("sam", "fsam")),
-    ("fsam", "sam", "as many passes"),
-    ("every", "fsam", "as many steps"),
-    ("reuse", "fsam", "as many steps"),
-    ("reuse", "every", "as many passes"),
+    *((sharp, plain) for plain in ("middle", "short") for sharp in ("sam", "fsam", "every", "reuse")),
+    *((sharp, plain) for plain in ("long", "late") for sharp in ("sam", "fsam")),
+    ("fsam", "sam"),
+    ("every", "fsam"),
+    ("reuse", "fsam"),
+    ("reuse", "every"),
 )
 
 Values = dict[str, dict[int, dict[str, float]]]  # arm -> seed -> figure -> value
@@ -38,12 +41,11 @@ def values(rows: Iterable[Row]) -> Values:
     for row in rows:
         figures = {"loss": row.loss, "4-bit loss": row.loss4, "3-bit loss": row.loss3}
         figures |= {"4 bits add": row.loss4 - row.loss, "3 bits add": row.loss3 - row.loss}
-        for lr in LRS:
-            reached_by_all = max(r.finetune[lr][-1].loss2 for r in rows if r.seed == row.seed)
-            curve = row.finetune[lr]
+        for number, (lr, curve) in enumerate(zip(LRS, row.finetune, strict=True)):
+            reached_by_all = max(other.finetune[number][-1].loss2 for other in rows if other.seed == row.seed)
             figures[f"forgets at {lr}"] = forgetting(curve)
             figures[f"text 2 at {lr}"] = curve[-1].loss2
-            figures[f"forgets alike at {lr}"] = forgetting_at(curve, reached_by_all)
+            figures[f"matched at {lr}"] = forgetting_at(curve, reached_by_all)
         found.setdefault(row.arm, {})[row.seed] = figures
     return found
 
@@ -54,12 +56,12 @@ def report(rows: list[Row], recipe: Recipe) -> str:
     seeds = len({row.seed for row in rows})
     told = "mean ± standard error" if seeds > 1 else "so no standard errors: --seeds 5 gives them"
     parts = [
-        f"{seeds} seed{'s' if seeds > 1 else ''}; {told}. Nats a token.",
+        f"{seeds} seed{'s' if seeds > 1 else ''}, {told}; nats a token. {READING}",
         arm_table(figures, rows, recipe, QUANTIZATION),
         arm_table(figures, rows, recipe, FORGETTING),
         "Differences, paired by seed:",
-        difference_table(figures, recipe, QUANTIZATION),
-        difference_table(figures, recipe, FORGETTING),
+        difference_table(figures, rows, recipe, QUANTIZATION),
+        difference_table(figures, rows, recipe, FORGETTING),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -69,22 +71,28 @@ def arm_table(figures: Values, rows: list[Row], recipe: Recipe, columns: tuple[s
     lines = [["arm", "passes", *columns]]
     for arm, stretch in arms(recipe).items():
         if arm in figures:
-            cells = (Estimate.of(v[c] for v in figures[arm].values()).text(".3f") for c in columns)
+            cells = (cell((of_seed[c] for of_seed in figures[arm].values()), ".3f") for c in columns)
             lines.append([label(stretch), f"{passes[arm]:,}", *cells])
     return markdown(lines)
 
 
-def difference_table(figures: Values, recipe: Recipe, columns: tuple[str, ...]) -> str:
+def difference_table(figures: Values, rows: list[Row], recipe: Recipe, columns: tuple[str, ...]) -> str:
     """Empty where no two arms that are compared have a seed in common."""
-    known = arms(recipe)
-    lines = [["", "at", *columns]]
-    for arm, other, equality in PAIRS:
+    known, passes = arms(recipe), {row.arm: row.passes for row in rows}
+    lines = [["", "passes", *columns]]
+    for arm, other in PAIRS:
         both = sorted(figures.get(arm, {}).keys() & figures.get(other, {}).keys())
         if both:
-            differences = ([figures[arm][s][c] - figures[other][s][c] for s in both] for c in columns)
-            cells = (Estimate.of(values).text("+.3f") for values in differences)
-            lines.append([f"{label(known[arm])} - {label(known[other])}", equality, *cells])
+            names, spent = (label(known[a]) for a in (arm, other)), (f"{passes[a]:,}" for a in (arm, other))
+            cells = (cell((figures[arm][s][c] - figures[other][s][c] for s in both), "+.3f") for c in columns)
+            lines.append([" - ".join(names), " - ".join(spent), *cells])
     return markdown(lines) if len(lines) > 1 else ""
+
+
+def cell(of_seeds: Iterable[float], form: str) -> str:
+    """Mean and standard error; a dash where a seed has no figure."""
+    values = list(of_seeds)
+    return "-" if any(map(math.isnan, values)) else Estimate.of(values).text(form)
 
 
 def markdown(lines: list[list[str]]) -> str:

@@ -21,10 +21,10 @@ class Row:
     loss: float  # on what is held out of text 1
     loss4: float  # the same, with matrices of 4 bits
     loss3: float
-    finetune: dict[str, list[Point]]  # learning rate -> curve
+    finetune: list[list[Point]]  # a curve for each of FINETUNE_LRS
 
     def __post_init__(self) -> None:
-        self.finetune = {lr: [Point(*point) for point in curve] for lr, curve in self.finetune.items()}
+        self.finetune = [[Point(*point) for point in curve] for curve in self.finetune]
 
 
 class Results:

@@ -1,6 +1,6 @@
 """The two texts of the language models: Debian packages, unpacked by Python alone, or the user's own files.
 
-No root, no apt, nothing installed. Whatever the road, a text of Debian's counts only if its bytes have the known sha256.
+No root, no apt, nothing installed. Whatever the road, Debian's text counts only if it has the known sha256.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import http.client
 import io
 import lzma
 import tarfile
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,7 +146,7 @@ def _sources(package: Package, kept: Path, say: Callable[[str], None]) -> Iterat
     yield f"Debian's {package.name} (installed)", lambda: _text(package, _installed(package))
     for url in package.urls:
         say(f"fetching {package.text}: {url} ({package.megabytes} MB, once)")
-        yield urllib.parse.urlsplit(url).netloc, lambda url=url: _text(package, unpack(_download(url)))
+        yield url, lambda url=url: _text(package, unpack(_download(url)))
 
 
 def _text(package: Package, files: dict[str, bytes]) -> bytes:

@@ -74,7 +74,7 @@ def learn(words: Words, vocabulary: int) -> Merges:
         pairs = np.bincount((left * vocabulary + right)[inside], count[word[inside]], minlength=vocabulary**2)
         best = int(pairs.argmax())
         if pairs[best] < 2:
-            raise Unavailable(f"it is too short for {vocabulary} tokens: it gives {256 + len(merges)}")
+            raise Unavailable(f"it is too short for {vocabulary} tokens: pairs that recur give {256 + len(merges)}")
         merges.append(divmod(best, vocabulary))
         words = words.merged(merges[-1], 255 + len(merges))
     return merges

@@ -53,8 +53,8 @@ class Recipe:
         for name, now in dataclasses.asdict(self).items():
             if written.get(name) != now:
                 raise OtherRecipe(
-                    f"{path} was made with --{name.replace('_', '-')} {written.get(name)}, and this command says {now}: "
-                    "name another --out, or give the options of that run"
+                    f"{path} was made with --{name.replace('_', '-')} {written.get(name)}, and this command says "
+                    f"{now}: name another --out, or give the options of that run"
                 )
 
 
