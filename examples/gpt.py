@@ -39,6 +39,7 @@ from training import DeferredInterrupt, Interrupted
 
 Texts = tuple[Text, Text]
 ARMS = tuple(arms(Recipe()))
+MOST_TOKENS = 4096  # with more, counting pairs in a square table would take minutes
 RECIPE_HELP = {
     "vocabulary": "tokens: bytes, and byte pairs learnt on text 1",
     "layers": "of the model",
@@ -112,8 +113,8 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuses now, in one sentence, what would fail after minutes."""
     if options.width % options.heads:
         parser.error(f"--width {options.width} cannot be shared by --heads {options.heads}: give a multiple")
-    if not 256 <= options.vocabulary <= 32768:
-        parser.error(f"--vocabulary {options.vocabulary}: it takes 256 tokens for the bytes, and 32768 at most")
+    if not 256 <= options.vocabulary <= MOST_TOKENS:
+        parser.error(f"--vocabulary {options.vocabulary}: give 256, for the bytes, to {MOST_TOKENS}")
     if options.steps < 5:
         parser.error(f"--steps {options.steps}: a fork has a fifth of them, so it takes 5 or more")
     if options.docs and not gpt_report.has_place(options.docs):

@@ -180,8 +180,8 @@ def unpack(deb: bytes) -> dict[str, bytes]:
                         for member in archive
                         if member.isreg()
                     }
-            except (tarfile.TarError, EOFError, lzma.LZMAError) as error:
-                raise Unavailable(f"{name.decode()} is not whole: {error}") from None
+            except (tarfile.TarError, EOFError, lzma.LZMAError):
+                raise Unavailable("its data.tar is not a whole archive that this Python can read") from None
         position += len(content) + len(content) % 2
     raise Unavailable("a Debian package without data.tar")
 

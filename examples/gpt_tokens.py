@@ -67,16 +67,16 @@ def learn(words: Words, vocabulary: int) -> Merges:
     """
     count = np.bincount(words.word)
     merges: Merges = []
-    while 256 + len(merges) < vocabulary:
+    while (known := 256 + len(merges)) < vocabulary:
         left, right = words.tokens[:-1], words.tokens[1:]
         word = np.cumsum(left == END) - (left == END)
         inside = (left != END) & (right != END)
-        pairs = np.bincount((left * vocabulary + right)[inside], count[word[inside]], minlength=vocabulary**2)
+        pairs = np.bincount((left * known + right)[inside], count[word[inside]], minlength=known**2)
         best = int(pairs.argmax())
         if pairs[best] < 2:
-            raise Unavailable(f"it is too short for {vocabulary} tokens: pairs that recur give {256 + len(merges)}")
-        merges.append(divmod(best, vocabulary))
-        words = words.merged(merges[-1], 255 + len(merges))
+            raise Unavailable(f"it is too short for {vocabulary} tokens: pairs that recur give {known}")
+        merges.append(divmod(best, known))
+        words = words.merged(merges[-1], known)
     return merges
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gpt_model import GPT, fresh
 from torch import Tensor
@@ -130,8 +132,8 @@ def batch(tokens: Tensor, recipe: Recipe, seed: int, step: int) -> Tensor:
 
     So all arms of a seed see the same ones, and a resumed run needs no generator's state.
     """
-    random = torch.Generator().manual_seed((seed << 32) + step)
-    begins = torch.randint(len(tokens) - recipe.context, (recipe.batch,), generator=random)
+    random = np.random.default_rng([seed, step])
+    begins = torch.from_numpy(random.integers(len(tokens) - recipe.context, size=recipe.batch))
     return tokens[begins[:, None] + torch.arange(recipe.context + 1)]
 
 
@@ -150,7 +152,8 @@ class Training:
         """Begins at the ``end`` of a trunk, with its weights and moments; options are the stretch's own."""
         self.model.load_state_dict(end["model"])
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": end["optimizer"]["state"], "param_groups": groups})
+        moments = copy.deepcopy(end["optimizer"]["state"])  # AdamW would train the very tensors that it loads
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.passes = end["passes"]
 
     def save(self, path: Path) -> dict[str, Any]:

@@ -158,7 +158,9 @@ def test_a_text_that_is_nowhere_has_a_reason_for_each_source(tmp_path):
         gpt_texts.load(package([tmp_path / name for name in files]), say=lambda _: None)
     lines = str(refused.value).splitlines()
     assert "Debian's docs" in lines[0] and len(lines) == 4
-    for line, name, reason in zip(lines[1:], files, ("not a Debian package", "not whole", "sha256"), strict=True):
+    for line, name, reason in zip(
+        lines[1:], files, ("not a Debian package", "not a whole archive", "sha256"), strict=True
+    ):
         assert name in line and reason in line
 
 
@@ -227,7 +229,7 @@ def test_what_is_held_out_is_not_trained_on():
     assert text.held_out.diff(dim=1).eq(1).all()
     held = set(text.held_out.flatten().tolist())
     assert len(held) == count * (context + 1) and held.isdisjoint(text.train.tolist())
-    assert len(text.train) == 8000 * 15 // 16  # 8000 tokens are 200 pieces of 40: 12 are held out
+    assert len(text.train) == 8000 - 12 * 40  # of 200 pieces of eight windows, 12 are held out
 
 
 # ---- measures ---------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ def test_loss_is_the_mean_over_tokens():
     windows = some_tokens(9 * 50).view(50, 9)
     logits = model(windows[:, :-1])
     chosen = logits.log_softmax(-1).gather(-1, windows[:, 1:, None])
-    assert loss(model, windows) == pytest.approx(-float(chosen.double().mean()), rel=1e-5)
+    assert loss(model, windows) == pytest.approx(-float(chosen.detach().double().mean()), rel=1e-5)
 
 
 def test_a_token_does_not_see_what_comes_after_it():
@@ -433,7 +435,8 @@ def test_tables_picture_and_more_seeds(texts, tmp_path, capsys):
     assert [(row["arm"], row["seed"]) for row in rows(out)[8:]] == [("short", 1), ("reuse", 1)]
     page = docs.read_text()
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
-    assert "2 seeds, mean ± standard error" in page and capsys.readouterr().out.count(" ± ") == page.count(" ± ") > 50
+    assert "2 seeds, mean ± standard error" in page
+    assert capsys.readouterr().out.count("±") == page.count("±") > 2 * 5  # at the least both arms' first table
     assert docs.with_suffix(".svg").read_text().startswith("<?xml")
 
 
@@ -500,14 +503,14 @@ def refusal(options: list[str], capsys) -> str:
     [
         (["--arms", "adam"], "invalid choice: 'adam'"),
         (["--width", "15"], "--width 15 cannot be shared by --heads 2"),
-        (["--vocabulary", "200"], "--vocabulary 200: it takes 256 tokens"),
+        (["--vocabulary", "200"], "--vocabulary 200: give 256"),
         (["--steps", "4"], "--steps 4: a fork has a fifth of them"),
         (["--steps", "0"], "0 is not a positive whole number"),
         (["--rho", "-1"], "rho must be"),
         (["--docs", "nowhere.md"], "--docs nowhere.md: not a document with the lines"),
         (["--text1", "nowhere.txt"], "the text nowhere.txt cannot be read: No such file"),
         (["--held-out", "4000"], "the text one.txt"),
-        (["--vocabulary", "30000"], "it is too short for 30000 tokens"),
+        (["--text1", str(ROOT / "LICENSE"), "--vocabulary", "4096"], "the text LICENSE"),
     ],
 )
 def test_bad_input_is_told_in_one_sentence(options, sentence, texts, tmp_path, capsys):
