@@ -246,6 +246,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except OtherRecipe as error:
         parser.error(str(error))
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        parser.error(f"--out {options.out}: no folder that can be written ({error.strerror}): name another")
     print("\n".join(f"wrote {path}" for path in written))
     return 0
 

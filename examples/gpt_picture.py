@@ -43,9 +43,8 @@ def draw(rows: list[Row], recipe: Recipe, path: Path) -> None:
         ax.set(title=f"Matrices of {bits} bits", xlabel="forward-backward passes", ylabel="loss on text 1")
     for number, lr in enumerate(LRS):
         names = (f"text 2 at {lr}", f"forgets at {lr}")
-        _points(
-            axes[2], {arm: tuple(_estimate(figures, arm, name) for name in names) for arm in present}, recipe, number
-        )
+        places = {arm: tuple(_estimate(figures, arm, name) for name in names) for arm in present}
+        _points(axes[2], places, recipe, hollow=number > 0)
     axes[2].set(
         title=f"Fine-tuned at {LRS[0]}, and at {LRS[1]} (hollow)",
         xlabel="loss on text 2, learnt",
@@ -66,7 +65,7 @@ def _estimate(figures: Values, arm: str, name: str) -> Estimate:
     return Estimate.of(of_seed[name] for of_seed in figures[arm].values())
 
 
-def _points(ax: Any, places: dict[str, tuple[Estimate, Estimate]], recipe: Recipe, hollow: int = 0) -> None:
+def _points(ax: Any, places: dict[str, tuple[Estimate, Estimate]], recipe: Recipe, hollow: bool = False) -> None:
     """A point for each arm, and a line through what plain AdamW does with more passes."""
     frontier = [places[arm] for arm in FRONTIER if arm in places]
     ax.plot([x.mean for x, _ in frontier], [y.mean for _, y in frontier], color="#222222", linewidth=1, zorder=1)

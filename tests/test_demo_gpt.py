@@ -155,6 +155,11 @@ def test_bad_input_is_told_in_one_sentence(options, sentence, texts, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_one_is_named(texts, tmp_path, capsys):
+    said = refusal([*texts, *TINY, "--out", str(tmp_path / "one.txt")], capsys)
+    assert f"--out {tmp_path / 'one.txt'}: no folder that can be written" in said
+
+
 def test_a_short_second_text_is_named(texts, tmp_path, capsys):
     (tmp_path / "two.txt").write_bytes(b"")
     said = refusal([*texts, *TINY, "--out", str(tmp_path / "out")], capsys)
