@@ -57,7 +57,7 @@ def draw(rows: list[Row], recipe: Recipe, path: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     seeds = len({row.seed for row in rows})
     figure.suptitle(f"{recipe.text1}, then {recipe.text2}: {seeds} seed{'s' if seeds > 1 else ''}")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
 
