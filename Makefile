@@ -35,7 +35,7 @@ CPP          = $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-frameworks frameworks house build lint format bench bench-full cuda-check gpu-check \
+.PHONY: help demo demo-gpt test test-frameworks frameworks house build lint format bench bench-full cuda-check gpu-check \
         sanitize wheel clean FORCE
 
 help: ## this list
@@ -44,6 +44,10 @@ help: ## this list
 demo: $(VENV)/.extra-demo ## train on Fashion-MNIST: plain, SAM, F-SAM, and F-SAM with fewer second passes
 	$(BUILD) --inplace
 	$(PY) examples/fashion_mnist.py $(ARGS)
+
+demo-gpt: $(VENV)/.extra-demo ## pre-train small GPTs: does F-SAM at the end lessen forgetting and the damage of 4 bits?
+	$(BUILD) --inplace
+	$(PY) examples/gpt.py $(ARGS)
 
 test: $(VENV)/.extra-dev ## run the tests
 	$(BUILD) --inplace
