@@ -14,8 +14,9 @@ over the lanes; the chunks are added in float64.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -118,6 +119,34 @@ LAYOUTS = {
         [plain(37, 53), permuted(21, 5, 3), plain(11)], [permuted(37, 53), plain(21, 5, 3), plain(11)]
     ),
 }
+
+
+# ---- Which combinations --------------------------------------------------------------------------------------------
+
+
+def every_pair(**axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrizes with so many combinations that any two values of two axes meet in one; an axis may have several
+    names (``dtype__stored``), and its values are tuples then.
+    """
+    values = [list(axis) for axis in axes.values()]
+    places = [list(range(len(axis))) for axis in values]
+    left = {(i, a, j, b) for i, j in combinations(range(len(values)), 2) for a in places[i] for b in places[j]}
+    met = {
+        combination: {(i, a, j, b) for (i, a), (j, b) in combinations(enumerate(combination), 2)}
+        for combination in product(*places)
+    }
+    chosen = []
+    while left:
+        chosen.append(max(met, key=lambda combination: len(met[combination] & left)))
+        left -= met[chosen[-1]]
+    rows, ids = [], []
+    for combination in sorted(chosen):
+        parts = [(name, axis[at]) for name, axis, at in zip(axes, values, combination)]
+        row = [value for name, part in parts for value in (part if "__" in name else (part,))]
+        rows.append(row)
+        ids.append("-".join(dtype_id(v) if v is None or isinstance(v, torch.dtype) else str(v) for v in row))
+    names = ",".join(axes).replace("__", ",")
+    return pytest.mark.parametrize(names, rows if "," in names else [row[0] for row in rows], ids=ids)
 
 
 # ---- One call's worth of inputs ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from .conformance import (
     assert_close,
     copied,
     doubled,
-    dtype_id,
+    every_pair,
     identical,
     load,
     outside,
@@ -34,15 +34,9 @@ from .test_mixed_precision import identical_but_nan, written_by_others
 # numpy, in Triton's interpreter, warns of what a GPU does without a word.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-FEW_LAYOUTS = pytest.mark.parametrize("layout", ["empty", "odd", "misaligned"])
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+FEW_LAYOUTS = ["empty", "odd", "misaligned"]
 # (dtype of the parameters, dtype of what is kept or None for the state's)
-KEPT = pytest.mark.parametrize(
-    "dtype,stored",
-    [*((dtype, None) for dtype in DTYPES), *((dtype, torch.bfloat16) for dtype in DTYPES[1:])],
-    ids=dtype_id,
-)
+KEPT = [*((dtype, None) for dtype in DTYPES), *((dtype, torch.bfloat16) for dtype in DTYPES[1:])]
 SCALE = 64.0  # a power of two: a gradient times its inverse is the gradient divided by it
 
 
@@ -99,9 +93,7 @@ def perturb(
     return (*inputs.params, *average.tensors(), backup, effect, journal)
 
 
-@EVERY_LAYOUT
-@KEPT
-@pytest.mark.parametrize("ema", ["none", "full", "compressed"])
+@every_pair(layout=LAYOUTS, dtype__stored=KEPT, ema=["none", "full", "compressed"])
 def test_perturb_keeps_the_gradient(backend, layout, dtype, stored, ema):
     """And changes nothing in what it does beside."""
     backend, device = backend
@@ -120,9 +112,7 @@ def test_perturb_keeps_the_gradient(backend, layout, dtype, stored, ema):
     assert (outside(kept, inputs) == 7.0).all()
 
 
-@FEW_LAYOUTS
-@KEPT
-@pytest.mark.parametrize("noise_sq", [math.inf, math.nan])
+@every_pair(layout=FEW_LAYOUTS, dtype__stored=KEPT, noise_sq=[math.inf, math.nan])
 def test_perturb_keeps_nothing_where_the_norm_is_not_finite(backend, layout, dtype, stored, noise_sq):
     backend, device = backend
     inputs, scale = scaled_inputs(layout, dtype, device)
@@ -132,9 +122,7 @@ def test_perturb_keeps_nothing_where_the_norm_is_not_finite(backend, layout, dty
     assert identical(kept, before)
 
 
-@EVERY_LAYOUT
-@pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
-@pytest.mark.parametrize("stored", [None, torch.bfloat16], ids=dtype_id)
+@every_pair(layout=LAYOUTS, dtype=HALVES, stored=[None, torch.bfloat16])
 def test_perturb_with_masters_keeps_the_gradient(backend, layout, dtype, stored):
     backend, device = backend
     inputs, scale = scaled_inputs(layout, dtype, device)
@@ -151,11 +139,7 @@ def test_perturb_with_masters_keeps_the_gradient(backend, layout, dtype, stored)
 
 # ---- The norm of the gradient beside the average ---------------------------------------------------------------------
 
-AVERAGES = pytest.mark.parametrize(
-    "dtype,stored",
-    [*((dtype, None) for dtype in DTYPES), *((dtype, s) for dtype in DTYPES[1:] for s in (torch.bfloat16, torch.int8))],
-    ids=dtype_id,
-)
+AVERAGES = [*KEPT, *((dtype, torch.int8) for dtype in DTYPES[1:])]
 
 
 def feed(backend: Any, inputs: Inputs, average: Average, scale: Tensor, rest: tuple, *sums: Tensor) -> None:
@@ -164,9 +148,7 @@ def feed(backend: Any, inputs: Inputs, average: Average, scale: Tensor, rest: tu
     ops.update_ema(backend, *where, stats, scale, found_inf, 0.9, None, *sums)
 
 
-@EVERY_LAYOUT
-@AVERAGES
-@pytest.mark.parametrize("skipped", [None, "stats", "found_inf"])
+@every_pair(layout=LAYOUTS, dtype__stored=AVERAGES, skipped=[None, "stats", "found_inf"])
 def test_update_ema_gives_the_squared_norm(backend, layout, dtype, stored, skipped):
     """In the same pass, with the bits of the average unchanged; where it leaves the average, too."""
     backend, device = backend
@@ -185,9 +167,11 @@ def test_update_ema_gives_the_squared_norm(backend, layout, dtype, stored, skipp
     assert_room_behind(inputs.partials, inputs.chunks, backend)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "empty"])
-@pytest.mark.parametrize("stored", [None, torch.bfloat16, torch.int8], ids=dtype_id)
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@every_pair(
+    layout=[name for name in LAYOUTS if name != "empty"],
+    stored=[None, torch.bfloat16, torch.int8],
+    value=[math.inf, -math.inf, math.nan],
+)
 def test_a_gradient_that_is_not_finite_is_in_the_squared_norm(backend, layout, stored, value):
     """Its element of the average keeps its value; the norm must tell."""
     backend, device = backend
@@ -206,8 +190,7 @@ def test_a_gradient_that_is_not_finite_is_in_the_squared_norm(backend, layout, s
 # ---- From what is kept to a direction --------------------------------------------------------------------------------
 
 
-@EVERY_LAYOUT
-@KEPT
+@every_pair(layout=LAYOUTS, dtype__stored=KEPT)
 def test_dots(backend, layout, dtype, stored):
     backend, device = backend
     inputs, scale = scaled_inputs(layout, dtype, device)
@@ -224,8 +207,7 @@ def test_dots(backend, layout, dtype, stored):
     assert_room_behind(inputs.partials, 2 * inputs.chunks, backend)
 
 
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-@EVERY_DTYPE
+@every_pair(value=[math.inf, math.nan], dtype=DTYPES)
 def test_dots_of_what_is_not_finite(backend, dtype, value):
     backend, device = backend
     inputs = Inputs("odd", dtype, device)
@@ -254,9 +236,7 @@ def project(
     return kept_sq[0]
 
 
-@EVERY_LAYOUT
-@KEPT
-@pytest.mark.parametrize("predicates", [False, True], ids=["plain", "predicates"])
+@every_pair(layout=LAYOUTS, dtype__stored=KEPT, predicates=[False, True])
 def test_project(backend, layout, dtype, stored, predicates):
     """Of any sums: the bits of the reference, close to float64, and the norm of what is stored."""
     backend, device = backend
@@ -285,8 +265,7 @@ def test_project(backend, layout, dtype, stored, predicates):
     assert_room_behind(inputs.partials, inputs.chunks, backend)
 
 
-@EVERY_LAYOUT
-@KEPT
+@every_pair(layout=LAYOUTS, dtype__stored=KEPT)
 def test_project_of_nothing_kept_is_the_gradient(backend, layout, dtype, stored):
     """sums[1] is 0: no share of what is kept, and no 0 / 0."""
     backend, device = backend
@@ -298,10 +277,7 @@ def test_project_of_nothing_kept_is_the_gradient(backend, layout, dtype, stored)
     assert_sum(kept_sq, [(k, k) for k in slices(kept, inputs)], inputs)
 
 
-@FEW_LAYOUTS
-@KEPT
-@pytest.mark.parametrize("noise_sq", [math.inf, math.nan])
-@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+@every_pair(layout=FEW_LAYOUTS, dtype__stored=KEPT, noise_sq=[math.inf, math.nan], found_inf=[None, 0.0, 1.0])
 def test_an_ascent_that_is_not_finite_leaves_the_direction(backend, layout, dtype, stored, noise_sq, found_inf):
     """And says so with NaN, whatever else is not finite."""
     backend, device = backend
@@ -316,10 +292,12 @@ def test_an_ascent_that_is_not_finite_leaves_the_direction(backend, layout, dtyp
     assert kept_sq.isnan() and identical(kept, before)
 
 
-@FEW_LAYOUTS
-@KEPT
-@pytest.mark.parametrize("reason", ["found_inf", "product is inf", "product is NaN", "square is inf", "square is NaN"])
-@pytest.mark.parametrize("with_stats", [False, True])
+@every_pair(
+    layout=FEW_LAYOUTS,
+    dtype__stored=KEPT,
+    reason=["found_inf", "product is inf", "product is NaN", "square is inf", "square is NaN"],
+    with_stats=[False, True],
+)
 def test_a_second_gradient_that_is_not_finite_leaves_no_direction(backend, layout, dtype, stored, reason, with_stats):
     backend, device = backend
     inputs, scale = scaled_inputs(layout, dtype, device)
@@ -335,7 +313,7 @@ def test_a_second_gradient_that_is_not_finite_leaves_no_direction(backend, layou
     assert identical(outside(kept, inputs), untouched)
 
 
-@KEPT
+@every_pair(dtype__stored=KEPT)
 def test_a_direction_is_orthogonal_to_the_first_gradient(backend, dtype, stored):
     """The ops one after another, as a step calls them."""
     backend, device = backend

@@ -14,10 +14,10 @@ from torch.nn import Parameter
 from fsam_ext.backends import ops, reference
 from fsam_ext.step import held
 
-from .conformance import BACKENDS, DEVICE, HALVES, Inputs, copied, dtype_id, identical, load, slices
+from .conformance import BACKENDS, DEVICE, HALVES, LAYOUTS, Inputs, copied, every_pair, identical, load, slices
 from .test_mixed_precision import identical_but_nan, like, positions, written_by_others
 from .test_ops import DISPATCHED, REUSING, _tensors, replaced, reusing_calls
-from .test_reuse_ops import EVERY_LAYOUT, FEW_LAYOUTS, KEPT, numbers, project, scaled_inputs, unscaled
+from .test_reuse_ops import FEW_LAYOUTS, KEPT, numbers, project, scaled_inputs, unscaled
 
 # numpy, in Triton's interpreter, warns of what a GPU does without a word.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -79,12 +79,12 @@ def pair(inputs: Inputs, params: list[Tensor], grads: list[Tensor], backup: Tens
     return calls
 
 
-@EVERY_LAYOUT
-@pytest.mark.parametrize(
-    "dtype,stored", [(torch.float64, None), (torch.float32, None), (torch.float32, torch.bfloat16)], ids=dtype_id
+@every_pair(
+    layout=LAYOUTS,
+    dtype__stored=[(torch.float64, None), (torch.float32, None), (torch.float32, torch.bfloat16)],
+    with_backup=[True, False],
+    op=UPDATES,
 )
-@pytest.mark.parametrize("with_backup", [True, False], ids=["restore", "in_place"])
-@pytest.mark.parametrize("op", UPDATES)
 def test_an_update_is_of_the_gradient_and_its_share_of_the_direction(backend, layout, dtype, stored, with_backup, op):
     """Bit for bit the plain update of g + length v."""
     backend, device = backend
@@ -107,10 +107,7 @@ def test_an_update_is_of_the_gradient_and_its_share_of_the_direction(backend, la
     assert all(map(identical, before, [v, *inputs.grads])), "wrote to what it reuses"
 
 
-@EVERY_LAYOUT
-@pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
-@pytest.mark.parametrize("stored", [None, torch.bfloat16], ids=dtype_id)
-@pytest.mark.parametrize("op", UPDATES)
+@every_pair(layout=LAYOUTS, dtype=HALVES, stored=[None, torch.bfloat16], op=UPDATES)
 def test_with_masters_an_update_is_that_of_float32(backend, layout, dtype, stored, op):
     """Bit for bit, after the masters have adopted what others wrote."""
     backend, device = backend
@@ -128,11 +125,7 @@ def test_with_masters_an_update_is_that_of_float32(backend, layout, dtype, store
     assert all(map(identical_but_nan, mine.state, float32.state))
 
 
-@EVERY_LAYOUT
-@pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
-@pytest.mark.parametrize("stored", [None, torch.bfloat16], ids=dtype_id)
-@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("op", UPDATES)
+@every_pair(layout=LAYOUTS, dtype=HALVES, stored=[None, torch.bfloat16], stochastic=[False, True], op=UPDATES)
 def test_without_masters_an_update_is_rounded_once(backend, layout, dtype, stored, stochastic, op):
     """What a call with masters leaves in them, rounded to nearest or with storage.h's random bits."""
     backend, device = backend
@@ -156,12 +149,12 @@ def test_without_masters_an_update_is_rounded_once(backend, layout, dtype, store
     assert all(map(identical, mine.state, exact.state))
 
 
-@FEW_LAYOUTS
-@KEPT
-@pytest.mark.parametrize(
-    "squares", [(math.inf, 3.0), (math.nan, 3.0), (2.0, math.inf), (2.0, math.nan), (2.0, 0.0), (0.0, 0.0)], ids=str
+@every_pair(
+    layout=FEW_LAYOUTS,
+    dtype__stored=KEPT,
+    squares=[(math.inf, 3.0), (math.nan, 3.0), (2.0, math.inf), (2.0, math.nan), (2.0, 0.0), (0.0, 0.0)],
+    op=["momentum", "adamw"],
 )
-@pytest.mark.parametrize("op", ["momentum", "adamw"])
 def test_without_a_direction_an_update_is_the_plain_one(backend, layout, dtype, stored, squares, op):
     """Whatever lies where the direction would: `project` may have left anything."""
     backend, device = backend
@@ -176,10 +169,7 @@ def test_without_a_direction_an_update_is_the_plain_one(backend, layout, dtype, 
     assert all(map(identical, reusing.written(), plain.written()))
 
 
-@FEW_LAYOUTS
-@KEPT
-@pytest.mark.parametrize("reason", ["stats", "found_inf"])
-@pytest.mark.parametrize("op", ["momentum", "adamw"])
+@every_pair(layout=FEW_LAYOUTS, dtype__stored=KEPT, reason=["stats", "found_inf"], op=["momentum", "adamw"])
 def test_a_skipped_update_reuses_nothing(backend, layout, dtype, stored, reason, op):
     backend, device = backend
     inputs = Inputs(layout, dtype, device)
@@ -198,8 +188,7 @@ def test_a_skipped_update_reuses_nothing(backend, layout, dtype, stored, reason,
 # ---- Calls -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", [op for op in REUSING if op != "dots"])
-@pytest.mark.parametrize("skipped", [False, True])
+@every_pair(op=[op for op in REUSING if op != "dots"], skipped=[False, True])
 def test_the_journal_counts_a_call(backend, op, skipped):
     backend, device = backend
     call = reusing_calls(Inputs("odd", torch.float32, device), None)[op]
@@ -280,8 +269,7 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("misfit", MISFITS)
-@pytest.mark.parametrize("name", DISPATCHED)
+@every_pair(misfit=MISFITS, name=DISPATCHED)
 def test_arguments_that_do_not_fit_change_nothing(name, misfit):
     op, wrong, message, *dtype = MISFITS[misfit]
     call = reusing_calls(Inputs("odd", *(dtype or [torch.float32]), DEVICE[name]), None)[op]
@@ -294,8 +282,7 @@ def test_arguments_that_do_not_fit_change_nothing(name, misfit):
         assert identical(a, b)
 
 
-@pytest.mark.parametrize("op", REUSING)
-@pytest.mark.parametrize("name", ["cpu", "cuda_emulated"])
+@every_pair(op=REUSING, name=["cpu", "cuda_emulated"])
 def test_parameters_may_be_held(name, op, monkeypatch):
     """csrc/held.h, NOTE [held parameters]."""
     monkeypatch.setattr(held, "FEWEST", 1)
