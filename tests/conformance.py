@@ -135,7 +135,7 @@ def every_pair(**axes: Iterable[Any]) -> pytest.MarkDecorator:
         combination: {(i, a, j, b) for (i, a), (j, b) in combinations(enumerate(combination), 2)}
         for combination in product(*places)
     }
-    chosen = []
+    chosen = list(met) if len(values) == 1 else []
     while left:
         chosen.append(max(met, key=lambda combination: len(met[combination] & left)))
         left -= met[chosen[-1]]
