@@ -208,6 +208,11 @@ def check_base_options(group: dict[str, Any], number: int) -> None:
             refuse(name, "True or False")
 
 
+def _has_usable_lr_and_rho(group: dict[str, Any]) -> bool:
+    rho = group["rho"]
+    return _is_length(group.get("lr", 0)) and (is_radius(rho) or callable(rho))
+
+
 class Watched:
     """The options of groups, which a user may edit at any time: checked before a step writes anything.
 
@@ -228,10 +233,7 @@ class Watched:
         """Raises TypeError or ValueError for an option that cannot be used."""
         now = [tuple(map(group.get, self._NAMES)) for group in groups]
         try:
-            known = now == self._known and all(
-                _is_length(group.get("lr", 0)) and (callable(group["rho"]) or is_radius(group["rho"]))
-                for group in groups
-            )
+            known = now == self._known and all(map(_has_usable_lr_and_rho, groups))
         except RuntimeError:  # tensors of several elements, which cannot be compared
             known = False
         if known:
