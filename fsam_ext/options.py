@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -220,8 +221,8 @@ class Watched:
     """
 
     # lr and rho change in every step of a schedule: they are looked at by themselves.
-    _NAMES = (
-        *(name for name in NAMES if name != "rho"),
+    _OWN = itemgetter(*(name for name in NAMES if name != "rho"))
+    _THEIRS = (
         *("weight_decay", "momentum", "dampening", "eps", "betas", "nesterov", "maximize"),
         *("decoupled_weight_decay", "amsgrad", "differentiable"),
     )
@@ -231,7 +232,7 @@ class Watched:
 
     def check(self, groups: list[dict[str, Any]], base: FusedBase | GenericBase) -> None:
         """Raises TypeError or ValueError for an option that cannot be used."""
-        now = [tuple(map(group.get, self._NAMES)) for group in groups]
+        now = [(self._OWN(group), *map(group.get, self._THEIRS)) for group in groups]
         try:
             known = now == self._known and all(map(_has_usable_lr_and_rho, groups))
         except RuntimeError:  # tensors of several elements, which cannot be compared

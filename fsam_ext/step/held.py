@@ -5,8 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from itertools import repeat
-from operator import is_
+from types import NoneType
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ class Listed:
 
     def have_grads(self) -> bool:
         """Whether each parameter has a gradient, and lies where and how it did when this was made."""
-        return not any(map(is_, map(_GRAD, self._params), repeat(None))) and self.have_their_forms(in_place=True)
+        return NoneType not in map(type, map(_GRAD, self._params)) and self.have_their_forms(in_place=True)
 
     def in_place(self) -> bool:
         """Whether each parameter and its gradient lie where they did when this was made, in the same order."""

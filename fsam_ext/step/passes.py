@@ -153,8 +153,7 @@ class Passes:
         in_one_pass = self.is_fused and self.transaction.is_ascent_of(perturbed)
         if not in_one_pass:
             self.restore_weights(groups)
-        devices = {segment.flat.device for segment in segments}
-        guards = {device: self._guards(device, plain, *scaling) for device in devices}
+        guards = {device: self._guards(device, plain, *scaling) for device in {one.flat.device for one in segments}}
         first, settle, settled = [], None, lambda: None
         if any(map(keys.uses_reuse, groups)) and (not plain or reuses(number)):
             ascended, meshes = None if plain else self.transaction.ascended, self.layout.meshes(groups)

@@ -24,7 +24,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends import ops
-from .segments import Segment, same_objects
+from .segments import Segment
 
 
 class Stage(Enum):
@@ -67,7 +67,7 @@ class Ascent(NamedTuple):
         saved: the buffer that each is restored from. ``state`` may be moved away meanwhile, and a backup with it.
     """
 
-    segments: Sequence[Segment]
+    segments: list[Segment]
     saved: Sequence[torch.Tensor]
     start: int
     restored: bool = False
@@ -134,7 +134,7 @@ class Transaction:
         updated = set() if now.update is None else set(map(id, now.update.updates[: now.update.done()]))
         return [pair for pair in zip(perturbed, now.ascent.saved) if id(pair[0]) not in updated]
 
-    def ascend(self, segments: Sequence[Segment], run: Sequence[Callable[[], None]]) -> None:
+    def ascend(self, segments: list[Segment], run: Sequence[Callable[[], None]]) -> None:
         """Perturbs ``segments``, each by its op of ``run``."""
         self._open = Open(Ascent(segments, [segment.flat.saved() for segment in segments], self.journal.count()))
         for op in run:
@@ -150,10 +150,10 @@ class Transaction:
                 "first_step was interrupted; call restore(), which brings the weights back, and begin anew"
             )
 
-    def is_ascent_of(self, segments: Sequence[Segment]) -> bool:
+    def is_ascent_of(self, segments: list[Segment]) -> bool:
         """Whether just these segments are perturbed, so that their update may restore them in the same pass."""
         ascent = None if self._open is None else self._open.ascent
-        return ascent is not None and not ascent.restored and same_objects(ascent.segments, segments)
+        return ascent is not None and not ascent.restored and ascent.segments == segments
 
     def restore_weights(self) -> list[torch.Tensor]:
         """Brings the weights back, bit for bit; returns the parameters that were resized meanwhile and cannot be."""
