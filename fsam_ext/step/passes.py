@@ -168,9 +168,13 @@ class Passes:
         plan = self._plan_fused if self.is_fused else self._plan_generic
         run, updates, written = plan(groups, state, participants, guards, in_one_pass, settle)
         start = journal.count()
-        done = lambda: journal.count() - start + written()  # noqa: E731
-        conclude = partial(self._conclude, groups, state, segments, number + 1, run != [], settled)
-        _run(groups, self.transaction.update, Update(first + run, [None] * len(first) + updates, done, conclude))
+        update = Update(
+            first + run,
+            [None] * len(first) + updates,
+            lambda: journal.count() - start + written(),
+            partial(self._conclude, groups, state, segments, number + 1, run != [], settled),
+        )
+        _run(groups, self.transaction.update, update)
 
     def _plan_fused(
         self,
