@@ -275,19 +275,20 @@ class FriendlySAM(StatefulOptimizer):
         return loss
 
     def _step(self, closure: Callable[..., Any] | None, accumulate: Iterable[Any] | None, replay: bool) -> Any:
-        passes, scaled = self._passes, hasattr(self, "found_inf")  # GradScaler.step sets it for the time of the call
-        if closure is None and self._stage is Stage.CLEAN and asks_for_state(self.state, self.param_groups):
+        passes, stage, given = self._passes, self._stage, self.__dict__  # GradScaler.step sets attributes for the call
+        if closure is None and stage is Stage.CLEAN and asks_for_state(self.state, self.param_groups):
             return passes.make_state(self.param_groups, self.state)
-        protocol.check_step(self._stage, self.ascends, closure, accumulate, scaled, passes.scaler)
+        scaled, lacks_ascent = "found_inf" in given, stage is Stage.CLEAN and self.ascends
+        protocol.check_step(stage, lacks_ascent, closure, accumulate, scaled, passes.scaler)
         batches = None if accumulate is None else as_list(accumulate)
-        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scaling = given.get("grad_scale"), given.get("found_inf")
         self._options.check(self.param_groups, self._base)
         try:
             loss, goes_on = None, True
             if closure is not None:
                 loss, goes_on = self._evaluate(torch.enable_grad()(partial(evaluate, closure, batches)), replay)
             else:
-                protocol.check_gradients(passes.transaction.has_perturbed, self.param_groups, passes.backward_count)
+                protocol.check_gradients(passes.transaction, self.param_groups, passes.backward_count)
             if goes_on:
                 passes.finish(self.param_groups, self.state, scaling, self.schedule.reuses)
                 self._progress.stepped()

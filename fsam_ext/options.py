@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .state.keys import FORMAT, LAYOUT, NAMES, OWN_OPTIONS, PREFIX, REUSE_SQ, ST
 from .state.tensors import check_kept, check_parameter, name_of
 from .step.base_options import takes
 from .step.base_update import FusedBase, GenericBase, is_fused
-from .step.rho import is_radius
+from .step.rho import is_length
 
 PERTURB_EPS = 1e-12
 # What the constructor takes for itself.
@@ -132,7 +133,7 @@ def check_options(group: dict[str, Any]) -> None:
 
 
 def _check_rho(rho: Any) -> None:
-    if callable(rho) or is_radius(rho):
+    if callable(rho) or is_length(rho):
         return
     if isinstance(rho, Tensor):
         raise ValueError(
@@ -181,20 +182,13 @@ def _is_number(value: Any) -> bool:
     return is_finite(value)
 
 
-def _is_length(value: Any) -> bool:
-    """Whether this is a number of at least 0; what a tensor holds is known on its device only."""
-    if type(value) is float:  # asked in every step
-        return 0.0 <= value < math.inf
-    return _is_number(value) and (isinstance(value, Tensor) or value >= 0)
-
-
 def check_base_options(group: dict[str, Any], number: int) -> None:
     """Raises ValueError for an option of SGD, Adam or AdamW that pass C cannot take."""
 
     def refuse(name: str, wanted: str) -> None:
         raise ValueError(f"{name} of group {number} must be {wanted}, not {group[name]!r}")
 
-    if not _is_length(group["lr"]):
+    if not is_length(group["lr"]):
         refuse("lr", "a finite number of at least 0, or a floating-point tensor of one element")
     for name in ("weight_decay", "momentum", "dampening", "eps"):
         if name in group and (isinstance(group[name], Tensor) or not _is_number(group[name])):
@@ -208,6 +202,11 @@ def check_base_options(group: dict[str, Any], number: int) -> None:
             refuse(name, "True or False")
 
 
+def _has_usable_lr_and_rho(group: dict[str, Any]) -> bool:
+    rho = group["rho"]
+    return is_length(group.get("lr", 0)) and (is_length(rho) or callable(rho))
+
+
 class Watched:
     """The options of groups, which a user may edit at any time: checked before a step writes anything.
 
@@ -215,8 +214,8 @@ class Watched:
     """
 
     # lr and rho change in every step of a schedule: they are looked at by themselves.
-    _NAMES = (
-        *(name for name in NAMES if name != "rho"),
+    _OWN = itemgetter(*(name for name in NAMES if name != "rho"))
+    _THEIRS = (
         *("weight_decay", "momentum", "dampening", "eps", "betas", "nesterov", "maximize"),
         *("decoupled_weight_decay", "amsgrad", "differentiable"),
     )
@@ -226,12 +225,9 @@ class Watched:
 
     def check(self, groups: list[dict[str, Any]], base: FusedBase | GenericBase) -> None:
         """Raises TypeError or ValueError for an option that cannot be used."""
-        now = [tuple(map(group.get, self._NAMES)) for group in groups]
+        now = [(self._OWN(group), *map(group.get, self._THEIRS)) for group in groups]
         try:
-            known = now == self._known and all(
-                _is_length(group.get("lr", 0)) and (callable(group["rho"]) or is_radius(group["rho"]))
-                for group in groups
-            )
+            known = now == self._known and all(map(_has_usable_lr_and_rho, groups))
         except RuntimeError:  # tensors of several elements, which cannot be compared
             known = False
         if known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -84,6 +85,15 @@ def check_gradient(param: Tensor, describe: Describe) -> None:
             f"{tuple(param.shape)} and {param.dtype}; clear the gradients after changing a parameter"
         )
     shards.check_gradient(param, grad, describe)
+
+
+def check_gradients(groups: list[dict[str, Any]]) -> None:
+    """Raises RuntimeError for any gradient that does not fit its parameter."""
+    describe = partial(name_of, groups)
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                check_gradient(param, describe)
 
 
 def check_disjoint(params: Sequence[Tensor], describe: Describe) -> None:

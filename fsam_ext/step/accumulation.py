@@ -75,9 +75,11 @@ class BackwardCount:
         self._used = id(param), mark(param)
         self._given_up = False
 
-    def second_is_missing(self, params: Iterable[Tensor]) -> bool:
+    def second_is_missing(self, groups: Iterable[dict[str, Any]]) -> bool:
         """Whether backward passes made the first gradient, and none a second one."""
-        return bool(self._ascent) and self._count == 0 and not self.are_new(params)
+        if not self._ascent or self._count > 0:
+            return False
+        return not self.are_new(param for group in groups for param in group["params"])
 
     def ascended(self, param: Tensor) -> None:
         """The first pass is over; from now on the second one's backward passes count."""

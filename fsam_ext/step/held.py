@@ -5,8 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from itertools import repeat
-from operator import is_
+from types import NoneType
 from typing import Any
 
 import torch
@@ -27,13 +26,16 @@ FEWEST = 33
 
 # A descriptor called by map() costs a third of an attribute in a loop.
 _GRAD = Tensor.grad.__get__
-_FORM = (Tensor.dtype.__get__, Tensor.device.__get__, Tensor.shape.__get__, Tensor.stride)
+_DTYPE, _DEVICE, _SHAPE = Tensor.dtype.__get__, Tensor.device.__get__, Tensor.shape.__get__
+_STRIDE = Tensor.stride
 _DATA_PTR = Tensor.data_ptr
+
+_PLAIN = frozenset(PLAIN)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int] | None:
     """Where tensors lie; None where one has no memory of its own."""
-    if not {*map(type, tensors)} <= {*PLAIN}:
+    if not _PLAIN.issuperset(map(type, tensors)):
         return None
     try:
         return list(map(_DATA_PTR, tensors))
@@ -57,28 +59,24 @@ class Listed:
         grads = current_grads(params)
         self._grads = None if any(grad is None for grad in grads) else _addresses(grads)
 
-    def _find_forms(self) -> list[list[Any]]:
-        return [list(map(ask, self._parts)) for ask in _FORM]
+    def _find_forms(self) -> list[Any]:
+        parts = self._parts
+        return [*map(_DTYPE, parts), *map(_DEVICE, parts), *map(_SHAPE, parts), *map(_STRIDE, parts)]
 
     def have_their_forms(self, in_place: bool = False) -> bool:
         """Whether dtype, device, shape and strides are what they were when this was made, and addresses if asked."""
-        return self._forms == self._find_forms() and not (in_place and self._have_moved())
-
-    def _have_moved(self) -> bool:
-        return self._addresses != _addresses(self._parts)
+        return self._forms == self._find_forms() and (not in_place or self._addresses == _addresses(self._parts))
 
     def have_grads(self) -> bool:
         """Whether each parameter has a gradient, and lies where and how it did when this was made."""
-        return not any(map(is_, map(_GRAD, self._params), repeat(None))) and self.have_their_forms(in_place=True)
+        return NoneType not in map(type, map(_GRAD, self._params)) and self.have_their_forms(in_place=True)
 
     def in_place(self) -> bool:
         """Whether each parameter and its gradient lie where they did when this was made, in the same order."""
         if self._grads is None or not self.have_grads() or self._grads != _addresses(current_grads(self._params)):
             return False
         grads = current_grads(self._params)
-        return all(
-            list(map(ask, grads)) == list(map(ask, self._params)) for ask in (Tensor.shape.__get__, Tensor.stride)
-        )
+        return all(list(map(ask, grads)) == list(map(ask, self._params)) for ask in (_SHAPE, _STRIDE))
 
     def written(self) -> None:
         """Tells autograd that the parameters were written to."""

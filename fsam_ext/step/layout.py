@@ -86,29 +86,35 @@ class Layout:
         """
         if self._known.swaps != swaps() or not self._state_is_known(state, in_place):
             self._known = Known(self._known.flats)
-        result = []
+        result: list[Participant] = []
         for number, group in enumerate(groups):
-            grads = self._current_grads(number, group)
-            if grads is None:
+            found = self._current_of(number, group)
+            if found is None:
                 return None
-            result += map(partial(Participant, group), self.segments_of(number), grads)
+            result += found
         return result
 
-    def _current_grads(self, number: int, group: dict[str, Any]) -> list[Sequence[Tensor]] | None:
-        """The gradients of each segment, or None where the segments are not those of the group."""
+    def _current_of(self, number: int, group: dict[str, Any]) -> list[Participant] | None:
+        """Those of one group, or None where the segments are not the group's."""
         segments, structure = self._known.segments.get(number, ([], ()))
         if structure != self._structure(group):
             return None
         params = group["params"]
-        if len(segments) == 1 and len(segments[0].params) == len(params):
-            return _all_or_none([segments[0].current_grads(params)])
-        params = [param for param in params if param.grad is not None]
-        if len(segments) == 1:
-            return _all_or_none([segments[0].current_grads(params)])
-        kinds = self._by_kind(group, params)
-        if [segment.flat for segment in segments] != [self._known.flats.get(kind) for kind in kinds]:
-            return None
-        return _all_or_none([segment.current_grads(kinds[segment.flat.kind]) for segment in segments])
+        if len(segments) != 1 or len(segments[0].params) != len(params):
+            params = [param for param in params if param.grad is not None]
+        shares = [params]  # of each segment; where there is one, it tells whether it is theirs
+        if len(segments) != 1:
+            kinds = self._by_kind(group, params)
+            if [segment.flat for segment in segments] != [self._known.flats.get(kind) for kind in kinds]:
+                return None
+            shares = list(kinds.values())
+        result = []
+        for segment, share in zip(segments, shares):
+            grads = segment.current_grads(share)
+            if grads is None:
+                return None
+            result.append(Participant(group, segment, grads))
+        return result
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The options that decide which state a group has and how it is kept."""
@@ -139,7 +145,7 @@ class Layout:
     # ---- What is made anew -----------------------------------------------------------------------------------------
 
     def _stale(self, groups: list[dict[str, Any]]) -> set[int]:
-        return {number for number, group in enumerate(groups) if self._current_grads(number, group) is None}
+        return {number for number, group in enumerate(groups) if self._current_of(number, group) is None}
 
     def check(self, groups: list[dict[str, Any]], state: Any) -> None:
         """Raises for a parameter, its gradient or its state that could not be cut anew, before anything changes."""
@@ -287,8 +293,9 @@ class Layout:
             segments = self.segments_of(number)
             params = group["params"]
             if len(segments) == 1 and len(segments[0].params) == len(params):  # then it has them all
-                if segments[0].flat.kind.sharding is not None:
-                    found.setdefault(segments[0].flat.kind.sharding.mesh, segments[0].flat.device)
+                sharding = segments[0].flat.kind.sharding
+                if sharding is not None:
+                    found.setdefault(sharding.mesh, segments[0].flat.device)
                 continue
             known, meshes = self._meshes.get(number, ([], {}))
             if not same_objects(known, params):
@@ -297,10 +304,6 @@ class Layout:
             for mesh, device in meshes.items():
                 found.setdefault(mesh, device)
         return found
-
-
-def _all_or_none(grads: list[Sequence[Tensor] | None]) -> list[Sequence[Tensor]] | None:
-    return None if any(one is None for one in grads) else grads
 
 
 def _master(param: Tensor, value: Tensor | None, before: FlatState | None) -> Tensor:

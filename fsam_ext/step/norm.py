@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,41 +39,34 @@ class Norm:
         participants: Sequence[Participant],
         meshes: dict[Any, torch.device],
         scales: Mapping[torch.device, Tensor | None],
-        call: Callable[..., None],
     ) -> None:
         """Runs pass A.
 
         Args:
             meshes: those that any parameter of an ascent lies on: distributed.py, NOTE [who takes part in the norm].
             scales: what gradients are divided by.
-            call: runs an op on a segment.
         """
-        for member, row in zip(participants, self._sums.rows(participants), strict=True):
-            call(member.segment, *_pass_a(member, scales.get(member.segment.flat.device), row))
+        for (group, segment, grads), row in zip(participants, self._sums.rows(participants), strict=True):
+            ops.noise_norm(
+                segment.backend,
+                segment.rows,
+                grads,
+                segment.offsets,
+                *average(group, segment),
+                scales.get(segment.flat.device),
+                group["sigma"],
+                group["lmbda"],
+                group["adaptive"],
+                group["ema"] == "updated",
+                segment.partials,
+                row,
+            )
         self.totals = self._sums.total(participants, meshes)
 
     def on(self, device: torch.device) -> Tensor:
         """The sums on a device; zeros where no gradient took part in the ascent."""
-        if device not in self.totals:
+        found = self.totals.get(device)
+        if found is None:
             known = next(iter(self.totals.values()), torch.zeros(ops.STATISTICS, dtype=torch.float64, device="cpu"))
-            self.totals[device] = known.to(device)
-        return self.totals[device]
-
-
-def _pass_a(member: Participant, grad_scale: Tensor | None, row: Tensor) -> tuple[Any, ...]:
-    group, segment, grads = member
-    return (
-        ops.noise_norm,
-        segment.backend,
-        segment.rows,
-        grads,
-        segment.offsets,
-        *average(group, segment),
-        grad_scale,
-        group["sigma"],
-        group["lmbda"],
-        group["adaptive"],
-        group["ema"] == "updated",
-        segment.partials,
-        row,
-    )
+            found = self.totals[device] = known.to(device)
+        return found

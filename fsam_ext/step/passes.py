@@ -14,7 +14,7 @@ from ..backends import ops
 from ..backends.capture import capturing
 from ..state import keys
 from ..state.shards import local, placed_gradient
-from ..state.tensors import check_gradient, name_of
+from ..state.tensors import check_gradients, name_of
 from .accumulation import BackwardCount
 from .amp import Scaler
 from .base_update import FusedBase, GenericBase, number_or_tensor
@@ -61,7 +61,7 @@ class Passes:
 
     def ascend(self, groups: list[dict[str, Any]], state: Any, scaler: Scaler | None) -> None:
         """Passes A and B. What raises has perturbed nothing."""
-        participants = [one for one in self._participants(groups, state) if one.group["perturb"]]
+        participants = [one for one in self._participants(groups, state, True) if one.group["perturb"]]
         radii = {id(group): rho_of(group) for group in groups if group["perturb"]}
         meshes = self.layout.meshes(groups)
         if meshes and not self.ascent_sync:
@@ -71,14 +71,17 @@ class Passes:
             )
         if not self.ascent_sync and any(map(keys.uses_reuse, groups)):
             raise RuntimeError("reuse needs one ascent of all ranks; set ascent_sync to True, or reuse to 0")
-        devices = {one.segment.flat.device for one in participants}
-        scales = {} if scaler is None else {device: scaler.ascent_scale(device) for device in devices}
-        self.norm.measure(participants, meshes, scales, partial(self._call, groups))
+        scales: dict[torch.device, Tensor | None] = {}
+        if scaler is not None:
+            devices = {one.segment.flat.device for one in participants}
+            scales = {device: scaler.ascent_scale(device) for device in devices}
+        _run(groups, self.norm.measure, participants, meshes, scales)
         if scaler is not None:
             scaler.count_overflow(self.norm.totals)
         segments = [one.segment for one in participants]
+        perturb = [partial(self._perturb, groups, one, radii[id(one.group)], scales) for one in participants]
         try:
-            self.transaction.ascend(segments, lambda number: self._perturb(groups, participants[number], radii, scales))
+            _run(groups, self.transaction.ascend, segments, perturb)
             self._note_ascent(groups, segments, scaler)
         except BaseException:
             self.give_up(groups)
@@ -93,7 +96,8 @@ class Passes:
             self.scaler = scaler
             scaler.forget_unscaling()
         self._effects = [segment.effect for segment in segments if segment.effect is not None]
-        self._warn_later(self._effect_watch.look(self._effects, partial(_forward_dtypes, groups)))
+        if self._effects:
+            self._warn_later(self._effect_watch.look(self._effects, partial(_forward_dtypes, groups)))
         if segments:
             self.backward_count.ascended(segments[0].params[0])
 
@@ -101,10 +105,10 @@ class Passes:
         self,
         groups: list[dict[str, Any]],
         participant: Participant,
-        radii: dict[int, float | Tensor],
+        rho: float | Tensor,
         scales: dict[torch.device, Tensor | None],
     ) -> None:
-        """Pass B on one segment; ``radii``: the rho of each group, by its id."""
+        """Pass B on one segment."""
         group, segment, grads = participant
         flat = segment.flat
         ops.perturb(
@@ -116,7 +120,7 @@ class Passes:
             flat.saved(),
             self.norm.totals[flat.device],
             scales.get(flat.device),
-            *number_or_tensor(radii[id(group)], flat.device),
+            *number_or_tensor(rho, flat.device),
             group["sigma"],
             group["lmbda"],
             group["perturb_eps"],
@@ -136,48 +140,41 @@ class Passes:
 
         ``reuses``: tells whether the step of a number lies between two that have an ascent.
         """
-        if self.transaction.stage is Stage.UPDATING:
-            return self.transaction.finish()
+        stage, number, journal = self.transaction.stage, groups[0][keys.STEP], self.transaction.journal
+        if stage is Stage.UPDATING:
+            return _run(groups, self.transaction.finish)
         self.transaction.check_whole()
-        stage = self.transaction.stage
-        participants = self._participants(groups, state)
+        plain = stage is Stage.CLEAN
+        participants = self._participants(groups, state, plain)
         if len(participants) > 1:  # an op checks its own segment before it writes; nobody checks the later ones
-            for participant in participants:
-                for param in participant.segment.params:
-                    check_gradient(param, partial(name_of, groups))
+            check_gradients(groups)
         segments = [one.segment for one in participants]
         perturbed = [segment for segment in segments if segment.flat.kind.perturbed]
         in_one_pass = self.is_fused and self.transaction.is_ascent_of(perturbed)
         if not in_one_pass:
             self.restore_weights(groups)
-        guards = {one.flat.device: self._guards(one.flat.device, stage, scaling) for one in segments}
+        guards = {device: self._guards(device, plain, *scaling) for device in {one.flat.device for one in segments}}
         first, settle, settled = [], None, lambda: None
-        if any(map(keys.uses_reuse, groups)) and (stage is not Stage.CLEAN or reuses(groups[0][keys.STEP])):
-            ascended = None if stage is Stage.CLEAN else self.transaction.ascended
-            first, settle, settled = self.reuse.plan(
-                *(groups, state, participants, self.layout.meshes(groups), guards, ascended),
-                *(self.norm, self.transaction.journal.cell, partial(self._call, groups)),
-            )
-        feeding = [
-            one
-            for one in participants
-            if keys.uses_ema(one.group) and (stage is Stage.CLEAN or one.group["ema_source"] == "descent")
-            if not (settle and keys.uses_reuse(one.group))
-        ]
+        if any(map(keys.uses_reuse, groups)) and (not plain or reuses(number)):
+            ascended, meshes = None if plain else self.transaction.ascended, self.layout.meshes(groups)
+            what = (groups, state, participants, meshes, guards, ascended, self.norm, journal.cell)
+            first, settle, settled = _run(groups, self.reuse.plan, *what)
         first += [
-            partial(self._call, groups, s, self._feed, g, s, grads, guards[s.flat.device]) for g, s, grads in feeding
+            partial(self._feed, *one, guards[one.segment.flat.device])
+            for one in participants
+            if (plain or one.group["ema_source"] == "descent") and keys.uses_ema(one.group)
+            if not (settle and keys.uses_reuse(one.group))
         ]
         plan = self._plan_fused if self.is_fused else self._plan_generic
         run, updates, written = plan(groups, state, participants, guards, in_one_pass, settle)
-        start = self.transaction.journal.count()
-        self.transaction.update(
-            Update(
-                first + run,
-                [None] * len(first) + updates,
-                lambda: self.transaction.journal.count() - start + written(),
-                partial(self._conclude, groups, state, segments, groups[0][keys.STEP] + 1, run != [], settled),
-            )
+        start = journal.count()
+        update = Update(
+            first + run,
+            [None] * len(first) + updates,
+            lambda: journal.count() - start + written(),
+            partial(self._conclude, groups, state, segments, number + 1, run != [], settled),
         )
+        _run(groups, self.transaction.update, update)
 
     def _plan_fused(
         self,
@@ -201,8 +198,7 @@ class Passes:
             adopts, journal = flat.masters and not restores, self.transaction.journal
             reused = self.reuse.reused(participant, groups) if settle else None
             made = self.base.ops(segment, grads, saved, guards[flat.device], group, rounding, adopts, journal, reused)
-            made = made if settle is None else [partial(_after, settle, op) for op in made]
-            run += [partial(self._call, groups, segment, op) for op in made]
+            run += made if settle is None else [partial(_after, settle, op) for op in made]
             updates += [None] * (len(made) - 1) + [segment]
         return run, updates, lambda: 0
 
@@ -262,14 +258,13 @@ class Passes:
             group[keys.STEP] = number
         self.scaler = None
 
-    def _guards(self, device: torch.device, stage: Stage, scaling: Scaling) -> Guards:
+    def _guards(self, device: torch.device, plain: bool, grad_scale: Any, found_inf: Any) -> Guards:
         """What the second gradient is scaled by, and what may have its update skipped.
 
         Not this rank's ascent where the others made another one: all have to make the same update.
         """
-        stats = self.norm.on(device) if stage is not Stage.CLEAN and self.ascent_sync else None
-        # Where no parameter has a gradient, the scaler's sum over none is the number 0.
-        return Guards(stats, *(t.to(device, non_blocking=True) if isinstance(t, Tensor) else None for t in scaling))
+        stats = None if plain or not self.ascent_sync else self.norm.on(device)
+        return Guards(stats, _on(device, grad_scale), _on(device, found_inf))
 
     def _feed(self, group: dict[str, Any], segment: Segment, grads: Sequence[Tensor], guards: Guards) -> None:
         """Lets the average see a gradient that no ascent shows it."""
@@ -286,22 +281,13 @@ class Passes:
 
     # ---- What both share -------------------------------------------------------------------------------------------
 
-    def _participants(self, groups: list[dict[str, Any]], state: Any) -> list[Participant]:
-        in_place = self.transaction.stage is Stage.CLEAN  # ownership.py, NOTE [one look at places a step]
+    def _participants(self, groups: list[dict[str, Any]], state: Any, in_place: bool) -> list[Participant]:
+        """Who takes part; ``in_place``: ownership.py, NOTE [one look at places a step]."""
         while (found := self.layout.current(groups, state, in_place)) is None:
             self.layout.check(groups, state)
             self.restore_weights(groups)  # while it is known how what was perturbed lay
             self.layout.renew(groups, state)
         return found
-
-    def _call(self, groups: list[dict[str, Any]], segment: Segment, call: Callable[..., None], *args: Any) -> None:
-        """Runs an op; where it refuses a gradient, the error tells which, in the name of the parameter."""
-        try:
-            call(*args)
-        except RuntimeError:
-            for param in segment.params:
-                check_gradient(param, partial(name_of, groups))
-            raise
 
     @torch.no_grad()  # not a block in perturbed(): an interrupt on its last line would leave gradients off
     def restore_weights(self, groups: list[dict[str, Any]]) -> None:
@@ -333,7 +319,7 @@ class Passes:
 
     def make_state(self, groups: list[dict[str, Any]], state: Any) -> None:
         """Gives every parameter its state, as before its first step."""
-        self._participants(groups, state)
+        self._participants(groups, state, True)
         if isinstance(self.base, GenericBase):
             self.base.prepare(state, groups)
             self.base.step()
@@ -373,6 +359,20 @@ class Passes:
         """Says what there is to warn of, now that the step is over: a warning may be an error somewhere."""
         while self._warnings:
             warn_user(self._warnings.pop())
+
+
+def _run(groups: list[dict[str, Any]], call: Callable[..., Any], *args: Any) -> Any:
+    """Calls what runs ops; where one refuses a gradient, the error tells which, in the name of the parameter."""
+    try:
+        return call(*args)
+    except RuntimeError:
+        check_gradients(groups)
+        raise
+
+
+def _on(device: torch.device, value: Any) -> Tensor | None:
+    """What a GradScaler hands over; where no parameter has a gradient, its sum over none is the number 0."""
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else None
 
 
 def _after(settle: Callable[[], None], op: Callable[[], None]) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
-from itertools import chain
 from typing import Any, Protocol
 
 from .accumulation import BackwardCount
 from .amp import Scaler
-from .transaction import Stage
+from .transaction import Stage, Transaction
 
 
 class Ascents(Protocol):
@@ -63,12 +61,12 @@ def check_second_step(stage: Stage) -> None:
 
 
 def check_step(
-    stage: Stage, ascends: bool, closure: object, accumulate: object, scaled: bool, scaler: Scaler | None
+    stage: Stage, lacks_ascent: bool, closure: object, accumulate: object, scaled: bool, scaler: Scaler | None
 ) -> None:
     """Raises RuntimeError or TypeError where step() cannot make what is left of a step.
 
     Args:
-        ascends: whether the present step makes an ascent.
+        lacks_ascent: whether the present step is to make an ascent and has made none yet.
         closure, accumulate: as given to step(), or None.
         scaled: whether the call came through ``GradScaler.step``.
         scaler: of the first pass.
@@ -77,7 +75,7 @@ def check_step(
         _check_closure(stage, scaled or scaler is not None)
     elif accumulate is not None:
         raise TypeError("step(accumulate=...) needs a closure, which it calls with each micro-batch")
-    elif stage is Stage.CLEAN and ascends:
+    elif lacks_ascent:
         raise RuntimeError(
             "step() was called without first_step and without a closure, which would be a plain step of the base "
             "optimizer; call first_step() before the second backward, or pass a closure"
@@ -99,12 +97,10 @@ def _check_closure(stage: Stage, scaled: bool) -> None:
         )
 
 
-def check_gradients(perturbed: bool, groups: list[dict[str, Any]], count: BackwardCount) -> None:
+def check_gradients(transaction: Transaction, groups: list[dict[str, Any]], count: BackwardCount) -> None:
     """Raises RuntimeError where weights are perturbed and the second gradient is missing."""
-    if not perturbed:
-        return
-    params = partial(chain.from_iterable, [group["params"] for group in groups])
-    if not any(param.grad is not None for param in params()) or count.second_is_missing(params()):
+    some = any(param.grad is not None for group in groups for param in group["params"])
+    if (not some or count.second_is_missing(groups)) and transaction.has_perturbed:
         raise RuntimeError(
             "the step was to be finished without a second gradient: after first_step(), compute the loss anew, call "
             "backward, then second_step(); restore() gives the step up"

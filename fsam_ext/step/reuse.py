@@ -23,7 +23,6 @@ from .segments import Guards, Segment
 from .sums import Sums
 
 Meshes = dict[Any, torch.device]
-Call = Callable[..., None]
 
 
 class Reused(NamedTuple):
@@ -72,7 +71,6 @@ class Reuse:
         ascended: Sequence[Segment] | None,
         norm: Norm,
         journal: Tensor,
-        call: Call,
     ) -> tuple[list[Callable[[], None]], Callable[[], None] | None, Callable[[], None]]:
         """(ops before an update, what to call between them and it, what to call after it, twice if need be).
 
@@ -81,10 +79,10 @@ class Reuse:
             norm: of the ascent.
         """
         if ascended is None:
-            run, settle = self._feed(participants, groups, meshes, guards, journal, call)
+            run, settle = self._feed(participants, groups, meshes, guards, journal)
             return run, settle, settle
-        self._measure(participants, ascended, state, meshes, guards, call)
-        run = self._project(participants, guards, journal, call)
+        self._measure(participants, ascended, state, meshes, guards)
+        run = self._project(participants, guards, journal)
         return run, None, partial(self._made, participants, groups, meshes, norm)
 
     # ---- An ascending step -----------------------------------------------------------------------------------------
@@ -109,7 +107,6 @@ class Reuse:
         state: Any,
         meshes: Meshes,
         guards: Mapping[torch.device, Guards],
-        call: Call,
     ) -> None:
         """The products of both gradients, before anything is written.
 
@@ -123,7 +120,7 @@ class Reuse:
         for (_, segment, grads), row in zip(members, self._products.rows(members), strict=True):
             scale = guards[segment.flat.device].grad_scale
             where = (segment.backend, segment.rows, grads, segment.offsets, segment.flat.buffer(REUSE))
-            call(segment, ops.dots, *where, scale, segment.partials, row)
+            ops.dots(*where, scale, segment.partials, row)
         self._totals = self._products.total(members, meshes)
 
     def _project(
@@ -131,7 +128,6 @@ class Reuse:
         participants: Sequence[Participant],
         guards: Mapping[torch.device, Guards],
         journal: Tensor,
-        call: Call,
     ) -> list[Callable[[], None]]:
         """The ops that make v of what pass B kept."""
         members = members_of(participants)
@@ -140,7 +136,7 @@ class Reuse:
             device = segment.flat.device
             where = (segment.backend, segment.rows, grads, segment.offsets, segment.flat.buffer(REUSE))
             rest = (self._totals[device], *guards[device], segment.partials, row, journal)
-            made.append(partial(call, segment, ops.project, *where, *rest))
+            made.append(partial(ops.project, *where, *rest))
         return made
 
     def _made(
@@ -168,7 +164,6 @@ class Reuse:
         meshes: Meshes,
         guards: Mapping[torch.device, Guards],
         journal: Tensor,
-        call: Call,
     ) -> tuple[list[Callable[[], None]], Callable[[], None]]:
         """(the ops that let averages see the gradients and sum |g|^2, what is to be called before :class:`Reused`).
 
@@ -184,10 +179,10 @@ class Reuse:
             where, guard = (segment.backend, segment.rows, grads, segment.offsets), guards[segment.flat.device]
             if uses_ema(group):
                 what = (*average(group, segment), *guard, group["lmbda"], journal, segment.partials, row)
-                ops_.append(partial(call, segment, ops.update_ema, *where, *what))
+                ops_.append(partial(ops.update_ema, *where, *what))
             else:
                 what = (None, None, guard.grad_scale, 0.0, 0.0, False, False, segment.partials, scratch)
-                call(segment, ops.noise_norm, *where, *what)
+                ops.noise_norm(*where, *what)
                 row.copy_(scratch[1:2])
         done = [alone]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..state.keys import STEP
 
 
-def is_radius(value: Any) -> bool:
-    """Whether this is a finite number of at least 0, or a floating-point tensor of one element."""
+def is_length(value: Any) -> bool:
+    """Whether this is a finite number of at least 0, or a floating-point tensor of one element, which is not read."""
     if type(value) is float:  # asked in every step
         return 0.0 <= value < math.inf
     if isinstance(value, Tensor):
@@ -33,7 +33,7 @@ def rho_of(group: dict[str, Any]) -> float | Tensor:
     if not callable(rho):
         return rho
     value = rho(group[STEP])
-    if not is_radius(value):
+    if not is_length(value):
         raise ValueError(
             f"rho({group[STEP]}), of the function given as rho, must be a finite number of at least 0, or a "
             f"floating-point tensor of one element, not {value!r}"

@@ -43,9 +43,11 @@ class KnownTensors:
         if not self._plain or type(tensors) is not list:
             return same_objects(self._tensors, tensors)
         try:
-            return self._tensors == tensors and all(self._tensors[i] is tensors[i] for i in self._single)
+            if self._tensors != tensors:
+                return False
         except RuntimeError:
             return False
+        return not self._single or all(self._tensors[i] is tensors[i] for i in self._single)
 
 
 class Guards(NamedTuple):

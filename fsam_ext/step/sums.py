@@ -31,10 +31,12 @@ class Sums:
         return [next(by_device[one.segment.flat.device]) for one in participants]
 
     def _of(self, device: torch.device, count: int) -> list[Tensor]:
-        if device not in self._known or len(self._known[device][1]) != count:
+        block, rows = self._known.get(device, (None, []))
+        if block is None or len(rows) != count:
             block = torch.empty(count, self._size, dtype=torch.float64, device=device)
-            self._known[device] = block, list(block)
-        return self._known[device][1]
+            rows = list(block)
+            self._known[device] = block, rows
+        return rows
 
     def total(self, participants: Sequence[Participant], meshes: dict[Any, torch.device]) -> dict[torch.device, Tensor]:
         """The sums over all of :meth:`rows`, on each device; of one row it is that row itself.

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends import ops
-from .segments import Segment, same_objects
+from .segments import Segment
 
 
 class Stage(Enum):
@@ -60,22 +60,20 @@ class Journal:
         return self._number[0]
 
 
-@dataclass(frozen=True)
-class Ascent:
+class Ascent(NamedTuple):
     """What pass B perturbs: one op for each segment, in this order, from the journal's count ``start`` on.
 
     Attributes:
         saved: the buffer that each is restored from. ``state`` may be moved away meanwhile, and a backup with it.
     """
 
-    segments: Sequence[Segment]
+    segments: list[Segment]
     saved: Sequence[torch.Tensor]
     start: int
     restored: bool = False
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """What pass C does: ops in this order, and then ``conclude``, which may be done twice.
 
     Attributes:
@@ -90,8 +88,7 @@ class Update:
     conclude: Callable[[], None]
 
 
-@dataclass(frozen=True)
-class Open:
+class Open(NamedTuple):
     """A step that has begun: its ascent, unless it is a plain step, and its update, once there is a plan for it."""
 
     ascent: Ascent | None = None
@@ -137,11 +134,11 @@ class Transaction:
         updated = set() if now.update is None else set(map(id, now.update.updates[: now.update.done()]))
         return [pair for pair in zip(perturbed, now.ascent.saved) if id(pair[0]) not in updated]
 
-    def ascend(self, segments: Sequence[Segment], perturb: Callable[[int], None]) -> None:
-        """Perturbs ``segments``, by calling ``perturb`` with the number of each."""
+    def ascend(self, segments: list[Segment], run: Sequence[Callable[[], None]]) -> None:
+        """Perturbs ``segments``, each by its op of ``run``."""
         self._open = Open(Ascent(segments, [segment.flat.saved() for segment in segments], self.journal.count()))
-        for number in range(len(segments)):
-            perturb(number)
+        for op in run:
+            op()
 
     def check_whole(self) -> None:
         """Raises RuntimeError where an ascent was cut short, so that no update may follow it."""
@@ -153,15 +150,10 @@ class Transaction:
                 "first_step was interrupted; call restore(), which brings the weights back, and begin anew"
             )
 
-    def is_ascent_of(self, segments: Sequence[Segment]) -> bool:
+    def is_ascent_of(self, segments: list[Segment]) -> bool:
         """Whether just these segments are perturbed, so that their update may restore them in the same pass."""
-        now = self._open
-        return (
-            now is not None
-            and now.ascent is not None
-            and not now.ascent.restored
-            and same_objects(now.ascent.segments, segments)
-        )
+        ascent = None if self._open is None else self._open.ascent
+        return ascent is not None and not ascent.restored and ascent.segments == segments
 
     def restore_weights(self) -> list[torch.Tensor]:
         """Brings the weights back, bit for bit; returns the parameters that were resized meanwhile and cannot be."""
@@ -174,7 +166,7 @@ class Transaction:
             segment.written()
         now = self._open
         if now is not None and now.ascent is not None:
-            self._open = Open(replace(now.ascent, restored=True), now.update)
+            self._open = Open(now.ascent._replace(restored=True), now.update)
         return resized
 
     def update(self, plan: Update) -> None:
