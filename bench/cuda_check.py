@@ -111,6 +111,8 @@ class Kernel:
         double = self.arguments[0] == "double"
         halved = self.op == "restore_adam" or (double and (self.op == "perturb" or self.reuses))
         parameters = (8 if double else 16) // (2 if halved else 1)
+        if self.op == "restore_adam" and double and self.reuses and self.arch == "120":
+            parameters //= 2  # csrc/cuda/restore_adam.cuh says why
         return parameters * self.loaded_bytes_per_parameter
 
     @property
