@@ -77,8 +77,8 @@ WITHOUT_A_SWITCH = {
     "scripted": lambda: torch.jit.script(normalised()),
     "traced": lambda: torch.jit.trace(normalised(), torch.randn(4, 6), check_trace=False),
     "compiled": lambda: torch.compile(normalised(), backend="eager"),
-    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)),
-    "spectral norm, the older one": lambda: nn.utils.spectral_norm(nn.Linear(6, 6)),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 40)),
+    "spectral norm, the older one": lambda: nn.utils.spectral_norm(nn.Linear(6, 40)),
     "of another package": lambda: nn.Sequential(nn.Linear(6, 6), OtherNorm()),
 }
 
