@@ -43,12 +43,13 @@ void fetch_storage(AtenTensorHandle tensor) {
 
 // Whether each tensor is where it was noted to be.
 bool same_places(const AtenTensorHandle* tensors, int64_t count, const uint64_t* places) {
+  constexpr int64_t kAhead = kFetchedAhead;
   std::atomic<bool> same = true;
   for_tensors(count, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      if (i + 3 * kFetchedAhead < last) __builtin_prefetch(tensors[i + 3 * kFetchedAhead]);
-      if (i + 2 * kFetchedAhead < last) fetch(tensors[i + 2 * kFetchedAhead]);
-      if (i + kFetchedAhead < last) fetch_storage(tensors[i + kFetchedAhead]);
+      if (i + 3 * kAhead < last) __builtin_prefetch(tensors[i + 3 * kAhead]);
+      if (i + 2 * kAhead < last) fetch(tensors[i + 2 * kAhead]);
+      if (i + kAhead < last) fetch_storage(tensors[i + kAhead]);
       if (places[i] != place_of(tensors[i])) return same.store(false, std::memory_order_relaxed);
     }
   });
