@@ -143,6 +143,15 @@ def _check_rho(rho: Any) -> None:
     raise ValueError(f"rho must be a finite number of at least 0, or a function of the step's number, not {rho!r}")
 
 
+def check_perturb(groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError where no group is perturbed."""
+    if not any(group["perturb"] for group in groups):
+        raise ValueError(
+            "perturb is False in all groups, so nothing would be perturbed; leave it out of one of them, or use the "
+            "base optimizer alone"
+        )
+
+
 def complete(optimizer: Any) -> None:
     """Gives the first group what all of them keep together.
 
@@ -150,11 +159,7 @@ def complete(optimizer: Any) -> None:
         ValueError: options of the optimizer and of its groups do not go with each other.
     """
     groups = optimizer.param_groups
-    if not any(group["perturb"] for group in groups):
-        raise ValueError(
-            "perturb is False in all groups, so nothing would be perturbed; leave it out of one of them, or use the "
-            "base optimizer alone"
-        )
+    check_perturb(groups)
     if optimizer.capturable and any(callable(group["rho"]) for group in groups):
         raise ValueError(
             "rho is a function of the step's number, which a CUDA graph would not call again; with capturable=True "
@@ -236,6 +241,7 @@ class Watched:
         for number, group in enumerate(groups):
             check_options(group)
             check_fused(group, number, base)
+        check_perturb(groups)
         self._known = now
 
 

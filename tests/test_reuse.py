@@ -499,6 +499,37 @@ def test_bad_groups_that_are_added_leave_the_optimizer_as_it_was():
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("half", ["first_step", "step"])
+def test_groups_that_are_all_switched_off_in_training(half):
+    model, data = network(), list(batches(2))
+    optimizer = FriendlySAM(model.parameters(), SGD, lr=0.1, every=2)
+    if half == "step":
+        train(model, optimizer, data[:1])
+        model.zero_grad()
+    optimizer.param_groups[0]["perturb"] = False
+    backward(model, data[1])
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="perturb is False in all groups"):
+        getattr(optimizer, half)()
+    assert all(map(identical, before, model.parameters()))
+
+
+def test_a_group_whose_reuse_is_switched_between_the_passes():
+    """What it kept goes, and the others go on without it."""
+    a, b = (nn.Parameter(torch.randn(5, dtype=torch.float64)) for _ in range(2))
+    optimizer = FriendlySAM([{"params": [a]}, {"params": [b]}], SGD, rho=0.1, lr=0.0, every=2, reuse=0.5)
+    g1, g2 = torch.randn(2, 2, 5, dtype=torch.float64)
+    a.grad, b.grad = g1.clone()
+    optimizer.first_step()
+    optimizer.param_groups[1]["reuse"] = 0.0
+    a.grad, b.grad = g2.clone()
+    optimizer.second_step()
+    v = g2[0] - (g2[0] @ g1[0]) / (g1[0] @ g1[0]) * g1[0]
+    assert torch.allclose(optimizer.state[a]["fsam_reuse"], v, rtol=1e-12)
+    assert "fsam_reuse" not in optimizer.state[b]
+    assert norm_sq(optimizer) == pytest.approx(float(v @ v), rel=1e-12)
+
+
 def test_ascent_sync_that_is_switched_off_later():
     model, (batch,) = network(), batches(1)
     optimizer = reusing(model)

@@ -280,7 +280,8 @@ class Layout:
 
     def _segment(self, group: dict[str, Any], flat: FlatState, params: list[Tensor]) -> Segment:
         segment = Segment(backends.resolve(self._backend, flat.device), flat, params)
-        if flat.kind.dtype in keys.LOW_PRECISION or group["forward_dtype"] is not None:
+        rounds = flat.kind.dtype in keys.LOW_PRECISION or group["forward_dtype"] is not None
+        if flat.kind.perturbed and rounds:
             segment.measure_effect()
         return segment
 

@@ -34,9 +34,9 @@ class Reused(NamedTuple):
     eps: float
 
 
-def members_of(participants: Sequence[Participant]) -> list[Participant]:
-    """Those whose second gradient is reused."""
-    return [one for one in participants if one.segment.flat.kind.reuse_dtype is not None]
+def _rows_of(segment: Segment, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What the ops of reuse take first."""
+    return segment.backend, segment.rows, grads, segment.offsets
 
 
 class Reuse:
@@ -78,12 +78,13 @@ class Reuse:
             ascended: the segments of the ascent, or None for a step between two.
             norm: of the ascent.
         """
+        members = [one for one in participants if one.segment.flat.kind.reuse_dtype is not None]
         if ascended is None:
-            run, settle = self._feed(participants, groups, meshes, guards, journal)
+            run, settle = self._feed(members, groups, meshes, guards, journal)
             return run, settle, settle
-        self._measure(participants, ascended, state, meshes, guards)
-        run = self._project(participants, guards, journal)
-        return run, None, partial(self._made, participants, groups, meshes, norm)
+        self._measure(members, ascended, state, meshes, guards)
+        run = self._project(members, guards, journal)
+        return run, None, partial(self._made, members, groups, meshes, norm)
 
     # ---- An ascending step -----------------------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ class Reuse:
 
     def _measure(
         self,
-        participants: Sequence[Participant],
+        members: Sequence[Participant],
         ascended: Sequence[Segment],
         state: Any,
         meshes: Meshes,
@@ -112,41 +113,38 @@ class Reuse:
 
         A gradient that a parameter has in one of the two passes only counts as zero in the other.
         """
-        members = members_of(participants)
         first = {param: None for one in ascended if one.flat.kind.reuse_dtype is not None for param in one.params}
         second = {param: None for one in members for param in one.segment.params}
         for param in first.keys() ^ second.keys():
-            local(state[param][REUSE]).zero_()
+            kept = state.get(param, {}).get(REUSE)  # a group may keep nothing any more
+            if kept is not None:
+                local(kept).zero_()
         for (_, segment, grads), row in zip(members, self._products.rows(members), strict=True):
             scale = guards[segment.flat.device].grad_scale
-            where = (segment.backend, segment.rows, grads, segment.offsets, segment.flat.buffer(REUSE))
-            ops.dots(*where, scale, segment.partials, row)
+            ops.dots(*_rows_of(segment, grads), segment.flat.buffer(REUSE), scale, segment.partials, row)
         self._totals = self._products.total(members, meshes)
 
     def _project(
         self,
-        participants: Sequence[Participant],
+        members: Sequence[Participant],
         guards: Mapping[torch.device, Guards],
         journal: Tensor,
     ) -> list[Callable[[], None]]:
         """The ops that make v of what pass B kept."""
-        members = members_of(participants)
         made = []
         for (_, segment, grads), row in zip(members, self._kept.rows(members), strict=True):
             device = segment.flat.device
-            where = (segment.backend, segment.rows, grads, segment.offsets, segment.flat.buffer(REUSE))
+            where = (*_rows_of(segment, grads), segment.flat.buffer(REUSE))
             rest = (self._totals[device], *guards[device], segment.partials, row, journal)
             made.append(partial(ops.project, *where, *rest))
         return made
 
-    def _made(
-        self, participants: Sequence[Participant], groups: list[dict[str, Any]], meshes: Meshes, norm: Norm
-    ) -> None:
+    def _made(self, members: Sequence[Participant], groups: list[dict[str, Any]], meshes: Meshes, norm: Norm) -> None:
         """After :meth:`_project`: |v|^2, over all parameters and ranks.
 
         After an ascent that was not finite v is what it was. NaN after another one says that there is none.
         """
-        totals = self._kept.total(members_of(participants), meshes)
+        totals = self._kept.total(members, meshes)
         if not totals:
             return
         for device in totals:
@@ -159,7 +157,7 @@ class Reuse:
 
     def _feed(
         self,
-        participants: Sequence[Participant],
+        members: Sequence[Participant],
         groups: list[dict[str, Any]],
         meshes: Meshes,
         guards: Mapping[torch.device, Guards],
@@ -169,17 +167,16 @@ class Reuse:
 
         Without an average the sum is taken at once.
         """
-        members = members_of(participants)
         rows = self._grads.rows(members)
         alone = len(members) == 1 and not meshes
         if alone:
             rows = [self.norms_sq(members[0].segment.flat.device, groups)[:1]]
-        ops_ = []
+        feeding = []
         for (group, segment, grads), row, scratch in zip(members, rows, self._statistics.rows(members), strict=True):
-            where, guard = (segment.backend, segment.rows, grads, segment.offsets), guards[segment.flat.device]
+            where, guard = _rows_of(segment, grads), guards[segment.flat.device]
             if uses_ema(group):
                 what = (*average(group, segment), *guard, group["lmbda"], journal, segment.partials, row)
-                ops_.append(partial(ops.update_ema, *where, *what))
+                feeding.append(partial(ops.update_ema, *where, *what))
             else:
                 what = (None, None, guard.grad_scale, 0.0, 0.0, False, False, segment.partials, scratch)
                 ops.noise_norm(*where, *what)
@@ -192,7 +189,7 @@ class Reuse:
                     self.norms_sq(device, groups)[:1].copy_(total)
             done[0] = True
 
-        return ops_, settle
+        return feeding, settle
 
     def reused(self, member: Participant, groups: list[dict[str, Any]]) -> Reused | None:
         """What a member's update adds to its gradient."""
