@@ -35,17 +35,20 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def collectives(kind, base):
-    part = shard
+def model_of(kind):
+    """(a model, what takes this rank's part of a batch)."""
     if kind == "ddp":
-        model = DistributedDataParallel(network())
-    elif kind == "fsdp":
-        model = sharded()
-    elif kind == "hsdp":
-        model = sharded(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-    else:
-        model, data_mesh = tensor_parallel_model(shards=True)
-        part = lambda batch: shard(batch, data_mesh)  # noqa: E731
+        return DistributedDataParallel(network()), shard
+    if kind == "fsdp":
+        return sharded(), shard
+    if kind == "hsdp":
+        return sharded(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))), shard
+    model, mesh = tensor_parallel_model(shards=kind == "fsdp_x_tp")
+    return model, lambda batch: shard(batch, mesh)
+
+
+def collectives(kind, base):
+    model, part = model_of(kind)
     optimizer = make(model, base)
     counts = []
     for step, batch in enumerate(batches(3)):
@@ -73,6 +76,31 @@ def test_one_all_reduce_for_each_mesh_and_ascent(kind, meshes, base):
                 assert sizes == [5 * 8] * meshes
             else:
                 assert not ops and not sizes, (step, name, ops)
+
+
+def sent_with_reuse(kind):
+    """What first_step and step send, step by step; in the last two gradients are there on some ranks only."""
+    model, part = model_of(kind)
+    optimizer = make(model, "adamw", every=2, reuse=0.4)
+    sizes = []
+    for step, batch in enumerate(batches(4)):
+        for name in ["first_step", "step"] if optimizer.ascends else ["step"]:
+            backward(model, part(batch))
+            for i, p in enumerate(model.parameters()) if step > 1 else ():
+                if (i + dist.get_rank()) % 3 == 0:
+                    p.grad = None
+            with Sent() as sent:
+                getattr(optimizer, name)()
+            sizes.append(sent.bytes)
+            optimizer.zero_grad()
+    return sizes
+
+
+@pytest.mark.parametrize("kind, meshes", [("ddp", 0), ("fsdp", 1), ("fsdp_x_tp", 2)])
+def test_what_reuse_sends_beside_that(kind, meshes):
+    """Two products and one square in a step with an ascent, one square in a step between two."""
+    for sizes in run(4, sent_with_reuse, kind):
+        assert sizes == 2 * [[40] * meshes, [16] * meshes + [8] * meshes, [8] * meshes]
 
 
 def sent_by(width, layers):

@@ -12,28 +12,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.parallel import DistributedDataParallel
 
 from ..conformance import identical
 from .ranks import run
-from .test_fsdp import sharded, tensor_parallel_model
-from .training import batches, distance, make, network, shard, state_vector, train, train_alone, wide_network
+from .test_communication import model_of
+from .test_fsdp import sharded
+from .training import batches, distance, make, network, state_vector, train, train_alone, wide_network
 
 STEPS, HALF = 12, 5
 OPTIONS = {"every": 3, "reuse": 0.4}
-
-
-def model_of(kind):
-    """(a model, what takes this rank's part of a batch)."""
-    if kind == "ddp":
-        return DistributedDataParallel(network()), shard
-    if kind == "fsdp":
-        return sharded(), shard
-    if kind == "hybrid":
-        return sharded(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))), shard
-    model, mesh = tensor_parallel_model(kind == "fsdp_x_tp")
-    return model, lambda batch: shard(batch, mesh)
 
 
 def trained(kind, base, options):
@@ -46,7 +33,7 @@ def trained(kind, base, options):
 @pytest.mark.parametrize("options", [{}, {"sigma": 0.0}], ids=str)
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 @pytest.mark.parametrize(
-    "kind, world", [("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("hybrid", 4), ("fsdp_x_tp", 4), ("tp", 2)]
+    "kind, world", [("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("fsdp_x_tp", 4), ("tp", 2)]
 )
 def test_equals_one_process_with_the_whole_batch(kind, world, base, options):
     results = run(world, trained, kind, base, options)
