@@ -74,6 +74,12 @@ FSAM_FN AscentScalars<S> ascent_scalars(double inverse_scale, double sigma, doub
   return {S(inverse_scale), S(sigma), S(lmbda), S(1.0 - lmbda), S(step_length), adaptive, updated};
 }
 
+// A gradient as the loss has it, where the loss was scaled.
+template <class V, class S>
+FSAM_FN V unscaled(V scaled_g, S inverse_scale) {
+  return scaled_g * inverse_scale;
+}
+
 // rho / (norm + eps), and 0 for a zero norm: no direction, no perturbation, no NaN even where eps
 // is 0.
 FSAM_FN double perturbation_step_length(double noise_sq, double rho, double eps) {
@@ -133,7 +139,7 @@ FSAM_FN void count_nonfinite(Statistics<V>& sums, V g) {
 
 template <bool kEma, class V, class S>
 FSAM_FN void accumulate(Statistics<V>& sums, V w, V scaled_g, V ema, const AscentScalars<S>& s) {
-  const V g = scaled_g * s.inverse_scale;
+  const V g = unscaled(scaled_g, s.inverse_scale);
   accumulate_products<kEma>(sums, w, g, ema, s);
   count_nonfinite(sums, g);
 }
@@ -160,17 +166,11 @@ FSAM_FN void accumulate(Effect<V>& sums, V effective, V intended) {
   sums.intended_sq = sums.intended_sq + intended * intended;
 }
 
-// A gradient as the loss has it, where the loss was scaled.
-template <class V, class S>
-FSAM_FN V unscaled(V scaled_g, S inverse_scale) {
-  return scaled_g * inverse_scale;
-}
-
 // The average outside an ascent. A gradient that is not finite leaves its element alone: here no norm has been taken
 // that could tell.
 template <class V, class S>
 FSAM_FN V fed(V ema, V scaled_g, S inverse_scale, S lmbda, S one_minus_lmbda) {
-  const V g = scaled_g * inverse_scale;
+  const V g = unscaled(scaled_g, inverse_scale);
   return select(is_finite(g), ema_update(ema, g, lmbda, one_minus_lmbda), ema);
 }
 

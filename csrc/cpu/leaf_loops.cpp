@@ -162,7 +162,7 @@ void perturb(T* w, const T* g, const AverageSlice<M>& ema, T* backup, compute_t<
           before = access.load(w + i);
           start = widen<T>(before);
         }
-        const V gradient = widen<T>(access.load(g + i)) * s.inverse_scale;
+        const V gradient = unscaled(widen<T>(access.load(g + i)), s.inverse_scale);
         const V average = load_average<T>(ema, i, access);
         const V intended = perturbation(start, noise<has_average<M>>(gradient, average, s), s);
         const Packed<T> after = narrow<T>(start + intended);

@@ -7,14 +7,13 @@
 
 namespace fsam::cuda {
 
-template <class T>
-struct Dots {
+// A lane's place in a gradient and in what is kept; kAgain: when the latter is read again.
+template <class T, Reuse kAgain>
+struct GradientAndKept {
   using S = compute_t<T>;
   const T* g;
   KeptPlace<T> kept;
   S inverse_scale;
-  S dot, kept_sq;
-  PieceSums<kDots, S> pieces;
 
   struct Loaded {
     Pack<T, kGroup<T>> g;
@@ -27,15 +26,27 @@ struct Dots {
   template <class Access>
   __device__ __forceinline__ void load(Access access, int beyond, Loaded& x) const {
     access.template load<Reuse::soon>(g + beyond, x.g);
-    load_kept<Reuse::soon>(access, kept, beyond, x.kept);
+    load_kept<kAgain>(access, kept, beyond, x.kept);
   }
+  __device__ __forceinline__ S gradient(const Loaded& x, int j) const {
+    return unscaled(S(widen_at(x.g, j)), inverse_scale);
+  }
+};
+
+template <class T>
+struct Dots : GradientAndKept<T, Reuse::soon> {
+  using S = compute_t<T>;
+  using typename GradientAndKept<T, Reuse::soon>::Loaded;
+  S dot, kept_sq;
+  PieceSums<kDots, S> pieces;
+
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int, const Loaded& x) {
 #pragma unroll
     for (int j = 0; j < kGroup<T>; ++j) {
       if (!access.has(j)) continue;
-      const S k = kept_at(kept, x.kept, j);
-      dot = dot + unscaled(S(widen_at(x.g, j)), inverse_scale) * k;
+      const S k = kept_at(this->kept, x.kept, j);
+      dot = dot + this->gradient(x, j) * k;
       kept_sq = kept_sq + k * k;
     }
   }
@@ -56,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) + kNarr
   const Piece piece = piece_of(table, threadIdx.x / kWarp);
   const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
   const KeptPlace<T> kept = place_of<T>(a.kept, table.offset[piece.row] + piece.begin);
-  Dots<T> work{g, kept, {}, {}, {}, {&block_sums}};
+  Dots<T> work{{g, kept, {}}, {}, {}, {&block_sums}};
   const auto ready = [&](auto& walked) {
     if (threadIdx.x == 0) inverse_scale = S(1.0 / value_of(a.grad_scale));
     __syncthreads();

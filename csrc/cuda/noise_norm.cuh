@@ -35,7 +35,7 @@ struct NoiseNorm {
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int, const Loaded& x) {
     // What is the same for a group is decided once: most have no unset average and no gradient that is not finite.
-    const auto gradient = [&](int j) { return widen_at(x.g, j) * s.inverse_scale; };
+    const auto gradient = [&](int j) { return unscaled(S(widen_at(x.g, j)), s.inverse_scale); };
     S probe(0);  // NaN where an average is
 #pragma unroll
     for (int j = 0; j < kGroup<T>; ++j) probe = probe + average_at<T, M>(x.ema, j);

@@ -114,7 +114,7 @@ struct Perturb {
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
         const S start = widen_at(x.w.v, j);
-        const S gradient = widen_at(x.g, j) * s.inverse_scale;
+        const S gradient = unscaled(S(widen_at(x.g, j)), s.inverse_scale);
         const S average = average_at<T, M>(x.ema, j);
         intended[j] = perturbation(start, noise<has_average<M>>(gradient, average, scalars), scalars);
         narrow(start + intended[j], after.v[j]);

@@ -6,35 +6,20 @@
 namespace fsam::cuda {
 
 template <class T>
-struct Project {
+struct Project : GradientAndKept<T, Reuse::late> {
   using S = compute_t<T>;
-  const T* g;
-  KeptPlace<T> kept;
-  S inverse_scale, part;  // of the first gradient in the second one
+  using typename GradientAndKept<T, Reuse::late>::Loaded;
+  S part;  // of the first gradient in the second one
   S kept_sq;
   PieceSums<1, S> pieces;
 
-  struct Loaded {
-    Pack<T, kGroup<T>> g;
-    KeptPack<T> kept;
-  };
-  __device__ __forceinline__ void move(int by) {
-    g += by;
-    kept.move(by);
-  }
-  template <class Access>
-  __device__ __forceinline__ void load(Access access, int beyond, Loaded& x) const {
-    access.template load<Reuse::soon>(g + beyond, x.g);
-    load_kept<Reuse::late>(access, kept, beyond, x.kept);
-  }
   template <class Access>
   __device__ __forceinline__ void finish(Access access, int beyond, const Loaded& x) {
-    with_type(kept, [&](auto* to) {
+    with_type(this->kept, [&](auto* to) {
       Pack<std::remove_pointer_t<decltype(to)>, kGroup<T>> stored;
 #pragma unroll
       for (int j = 0; j < kGroup<T>; ++j) {
-        const S gradient = unscaled(S(widen_at(x.g, j)), inverse_scale);
-        narrow(gradient - part * kept_at(kept, x.kept, j), stored.v[j]);
+        narrow(this->gradient(x, j) - part * kept_at(this->kept, x.kept, j), stored.v[j]);
         const S v = widen(stored.v[j]);
         if (access.has(j)) kept_sq = kept_sq + v * v;
       }
@@ -65,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksFor<T, int(sizeof(T)) + kNarr
   const Piece piece = piece_of(table, threadIdx.x / kWarp);
   const T* g = static_cast<const T*>(table.grad[piece.row]) + piece.begin;
   const KeptPlace<T> kept = place_of<T>(a.kept, table.offset[piece.row] + piece.begin);
-  Project<T> work{g, kept, {}, {}, {}, {&block_sums}};
+  Project<T> work{{g, kept, {}}, {}, {}, {&block_sums}};
   const auto ready = [&](auto& walked) {
     if (threadIdx.x == 0) {
       const double dot = a.sums[0], kept_sq = a.sums[1];
