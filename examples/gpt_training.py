@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from gpt_model import GPT, fresh
 from torch import Tensor
-from training import DeferredInterrupt, Interrupted
+from training import DeferredInterrupt, Interrupted, save_whole
 
 from fsam_ext import SAM, FriendlySAM
 
@@ -157,7 +156,7 @@ class Training:
         self.passes = end["passes"]
 
     def save(self, path: Path) -> dict[str, Any]:
-        """Writes the checkpoint; a crash meanwhile leaves the previous one whole."""
+        """Writes the checkpoint and returns it."""
         state = {
             "recipe": dataclasses.asdict(self.recipe),
             "model": self.model.state_dict(),
@@ -165,10 +164,7 @@ class Training:
             "step": self.step,
             "passes": self.passes,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        torch.save(state, part)
-        os.replace(part, path)
+        save_whole(state, path)
         return state
 
     def load(self, path: Path) -> None:

@@ -129,6 +129,14 @@ class DeferredInterrupt:
         self.requested = True
 
 
+def save_whole(state: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint; a crash meanwhile leaves the previous one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
 def build_optimizer(run: Run, params: list[nn.Parameter], steps: int) -> torch.optim.Optimizer:
     """The optimizer of ``run``, which has ``steps`` steps. Bad values are the optimizer's to refuse, in its words."""
     options: dict[str, Any] = {"lr": run.lr, "weight_decay": run.weight_decay}
@@ -178,7 +186,7 @@ class Trainer:
         self.order = order.to(self.run.device)
 
     def save(self, path: Path) -> None:
-        """Writes the checkpoint; a crash meanwhile leaves the previous one whole."""
+        """Writes the checkpoint."""
         state = {
             "run": dataclasses.asdict(self.run),
             "model": self.model.state_dict(),
@@ -188,10 +196,7 @@ class Trainer:
             "loss_sum": self.loss_sum,
             **{name: getattr(self, name) for name in self._PLAIN},
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        torch.save(state, part)
-        os.replace(part, path)
+        save_whole(state, path)
 
     _PLAIN = ("epoch", "step", "curve", "train_loss", "top_eigenvalue", "passes", "seconds")
 

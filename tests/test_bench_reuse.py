@@ -25,11 +25,11 @@ def test_all_ways_make_the_same_steps(bench, base):
     made = []
     for way in (bench.Fused, bench.Horizontal, bench.TensorByTensor):
         torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(shape)) for shape in ((5, 7), (3,), (11, 2))]
+        params = [nn.Parameter(torch.randn(shape).double()) for shape in ((5, 7), (3,), (11, 2))]
         one = way(params, bench.BASES[base])
         for number in range(6):
             torch.manual_seed(number)
-            gradients = [torch.randn(p.shape) for p in params]
+            gradients = [torch.randn(p.shape).double() for p in params]
             calls = (one.ascend, one.descend) if number % 2 == 0 else (one.between,)
             for call in calls:
                 for p, gradient in zip(params, gradients):
@@ -37,7 +37,7 @@ def test_all_ways_make_the_same_steps(bench, base):
                 call()
         made.append(torch.cat([p.detach().flatten() for p in params]))
     for other in made[1:]:
-        torch.testing.assert_close(made[0], other, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(made[0], other, rtol=1e-12, atol=1e-12)
 
 
 def test_its_command_prints_a_line_for_each_way():

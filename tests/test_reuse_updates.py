@@ -16,7 +16,7 @@ from fsam_ext.step import held
 
 from .conformance import BACKENDS, DEVICE, HALVES, LAYOUTS, Inputs, copied, every_pair, identical, load, slices
 from .test_mixed_precision import identical_but_nan, like, positions, written_by_others
-from .test_ops import DISPATCHED, REUSING, _tensors, replaced, reusing_calls
+from .test_ops import DISPATCHED, REUSING, _tensors, assert_refused, replaced, reusing_calls
 from .test_reuse_ops import FEW_LAYOUTS, KEPT, numbers, project, scaled_inputs, unscaled
 
 # numpy, in Triton's interpreter, warns of what a GPU does without a word.
@@ -273,13 +273,7 @@ MISFITS = {
 def test_arguments_that_do_not_fit_change_nothing(name, misfit):
     op, wrong, message, *dtype = MISFITS[misfit]
     call = reusing_calls(Inputs("odd", *(dtype or [torch.float32]), DEVICE[name]), None)[op]
-    right = dict(zip(list(inspect.signature(getattr(ops, op)).parameters)[1:], call, strict=True))
-    call = replaced(op, call, {argument: change(right[argument]) for argument, change in wrong.items()})
-    before = copied(list(call))
-    with pytest.raises(RuntimeError, match=message):
-        getattr(BACKENDS[name](), op)(*call)
-    for a, b in zip(_tensors(before), _tensors(call), strict=True):
-        assert identical(a, b)
+    assert_refused(name, op, call, wrong, message)
 
 
 @every_pair(op=REUSING, name=["cpu", "cuda_emulated"])
