@@ -46,14 +46,18 @@ class Schedule:
 
     def ascends(self, step: int) -> bool:
         """Whether step number ``step`` makes an ascent."""
-        started = _reached(self.start, step, otherwise=True)
-        first = 0 if self.start is None or callable(self.start) else self.start
-        return started and not _reached(self.end, step, otherwise=False) and (step - first) % self.every == 0
+        return self._is_within(step) and self._is_due(step)
 
     def reuses(self, step: int) -> bool:
         """Whether step number ``step`` lies between two ascents."""
-        started = _reached(self.start, step, otherwise=True)
-        return started and not _reached(self.end, step, otherwise=False) and not self.ascends(step)
+        return self._is_within(step) and not self._is_due(step)
+
+    def _is_within(self, step: int) -> bool:
+        return _reached(self.start, step, otherwise=True) and not _reached(self.end, step, otherwise=False)
+
+    def _is_due(self, step: int) -> bool:
+        first = 0 if self.start is None or callable(self.start) else self.start
+        return (step - first) % self.every == 0
 
     def describe(self, step: int) -> str:
         """The schedule and the step, for messages."""
