@@ -7,6 +7,8 @@ import os
 import time
 from collections.abc import Callable
 
+OPS = ("noise_norm", "perturb", "restore_sgd", "restore_adam")
+
 
 def _processor_seconds(call: Callable[[], None]) -> float:
     start = time.process_time()
@@ -24,14 +26,13 @@ def print_host_times() -> None:
     import torch
 
     from bench import measure
-    from fsam_ext.backends import ops
     from fsam_ext.step import held
     from tests import cuda_emulation
     from tests.cuda_problem import Problem
 
     os.environ["FSAM_EMULATION_LAUNCH"] = "0"
     backend = cuda_emulation.load()
-    print(f"{'tensors':>15} " + " ".join(f"{op:>12}" for op in ops.NAMES if op not in ("update_ema", "restore")))
+    print(f"{'tensors':>15} " + " ".join(f"{op:>12}" for op in ("look", *OPS)))
     for count, how in itertools.product((1, 100, 150, 1000, 10000), ("listed", "held")):
         problem = Problem(torch.float32, [64] * count)
         problem.params = [torch.nn.Parameter(param) for param in problem.params]
@@ -40,10 +41,12 @@ def print_host_times() -> None:
         problem.grads = [param.grad for param in problem.params]
         with torch.no_grad():
             owners = [param.view_as(param) for param in problem.params]
-        if how == "held":
-            params, look = problem.params, held.look_at(problem.params, problem.offsets)
+        params = problem.params
+        look = held.look_at(params, problem.offsets) if how == "held" else held.Listed(params)
+        if isinstance(look, held.Held):
             problem.params, problem.grads = [], []
         calls = {
+            "look": look.have_grads,  # of which the held ones' ops make use
             "noise_norm": lambda problem=problem: problem.noise_norm(backend),
             "perturb": lambda problem=problem: problem.perturb(backend),
             "restore_sgd": lambda problem=problem: problem.sgd(backend),
@@ -54,6 +57,5 @@ def print_host_times() -> None:
             rounds = measure.alternate(candidates, 3.0, max_rounds=1000)
         del owners
         found = [measure.quantiles(measure.values(rounds, name, "step")).median * 1e6 for name in calls]
-        if how == "held":
-            del params, look
+        del params, look
         print(f"{count:8} {how:>6} " + " ".join(f"{time:9.1f} us" for time in found))

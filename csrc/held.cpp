@@ -8,11 +8,10 @@
 #include <unordered_map>
 
 #include "library.h"
+#include "op_arguments.h"
 
 namespace fsam {
 namespace {
-
-using torch::stable::Tensor;
 
 // Null for tensors without elements, and for those without memory of their own: sparse ones.
 const void* address_of(AtenTensorHandle tensor) {
@@ -86,7 +85,7 @@ class Forms {
 
 class Held {
  public:
-  explicit Held(TensorList&& params) : params_(std::move(params)) {
+  Held(TensorList&& params, const Tensor& offsets) : params_(std::move(params)) {
     addresses_.reserve(params_.size());
     for (size_t i = 0; i < params_.size(); ++i) {
       const AtenTensorHandle param = params_[i].get();
@@ -95,24 +94,38 @@ class Held {
       grads_.push_back(fsam_grad_of(object_of(param)));
     }
     view_ = {params_.data(), grads_.data(), params_.size()};
+    if (offsets.numel() == int64_t(params_.size())) lay_out(offsets);
   }
   Held(const Held&) = delete;
 
-  bool have_their_forms(bool in_place) const {
+  bool have_their_forms(bool in_place) {
+    view_.found = nullptr;
     return all([this, in_place](size_t i, Forms::Walk& form) {
       if (i + kFetchedAhead < params_.size()) fetch(params_[i + kFetchedAhead].get());
       return (!in_place || address_of(params_[i].get()) == addresses_[i].param) && form.holds(params_[i]);
     });
   }
 
-  bool have_grads() const {
-    return all([this](size_t i, Forms::Walk& form) {
+  bool have_grads() {
+    view_.found = nullptr;
+    std::atomic<bool> as_needed = !arguments_.table.rows.empty();
+    const bool result = all([&](size_t i, Forms::Walk& form) {
       view_.fetch_ahead(i);
-      return Gradient(params_[i].get()).plain && params_[i].data_ptr() == addresses_[i].param && form.holds(params_[i]);
+      const Gradient grad(params_[i].get());
+      if (!grad.plain || params_[i].data_ptr() != addresses_[i].param || !form.holds(params_[i])) return false;
+      if (!as_needed.load(std::memory_order_relaxed)) return true;
+      if (is_as_needed(params_[i], ListedTensor(grad.handle)))
+        arguments_.table.rows[i].grad = grad.address;
+      else
+        as_needed.store(false, std::memory_order_relaxed);
+      return true;
     });
+    if (result && as_needed) view_.found = &found_;
+    return result;
   }
 
-  bool in_place() const {
+  bool in_place() {
+    view_.found = nullptr;
     return all([this](size_t i, Forms::Walk& form) {
       view_.fetch_ahead(i);
       const AtenTensorHandle param = params_[i].get();
@@ -122,7 +135,8 @@ class Held {
     });
   }
 
-  void written() const {
+  void written() {
+    view_.found = nullptr;
     for_tensors(params_.size(), [this](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         if (i + kFetchedAhead < params_.size()) fetch_links(params_[i + kFetchedAhead].get());
@@ -134,6 +148,24 @@ class Held {
   const HeldParameters* view() const { return &view_; }
 
  private:
+  // Prepares what looks find, of parameters that an op would take.
+  void lay_out(const Tensor& offsets) {
+    const bool on_cpu = params_.empty() || params_[0].is_cpu();
+    try {
+      arguments_ = arguments(params_, nullptr, offsets, on_cpu);
+    } catch (const std::exception&) {  // the op says why, when it is called
+      return;
+    }
+    const TensorTable& table = arguments_.table;
+    found_ = {table.rows.data(), table.chunks, table.numel, arguments_.flat_numel, arguments_.dtype, arguments_.place};
+  }
+
+  // Whether an op may read a gradient as it lies.
+  bool is_as_needed(ListedTensor param, ListedTensor grad) const {
+    return layout_of(grad) == aoti_torch_layout_strided() && dtype_of(grad) == arguments_.dtype &&
+           arguments_.place.holds(grad) && same_sizes(param, grad) && same_order(param, grad);
+  }
+
   // Whether holds(i, form) is true of each tensor.
   template <class Holds>
   bool all(const Holds& holds) const {
@@ -150,21 +182,23 @@ class Held {
   std::vector<Addresses> addresses_;
   Forms forms_;
   std::vector<AtenTensorHandle> grads_;
+  Arguments arguments_;  // empty where an op would refuse the parameters
+  Found found_{};
   HeldParameters view_;
 };
 
 // By the address of the offsets. Never destroyed: what is left when the process ends belongs to an interpreter that has
 // ended already.
 std::mutex mutex;
-auto& held_by_offsets = *new std::unordered_map<const void*, std::shared_ptr<const Held>>;
+auto& held_by_offsets = *new std::unordered_map<const void*, std::shared_ptr<Held>>;
 
-std::shared_ptr<const Held> find(const Tensor& offsets) {
+std::shared_ptr<Held> find(const Tensor& offsets) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = held_by_offsets.find(offsets.data_ptr());
   return found == held_by_offsets.end() ? nullptr : found->second;
 }
 
-std::shared_ptr<const Held> held_under(const Tensor& offsets) {
+std::shared_ptr<Held> held_under(const Tensor& offsets) {
   auto held = find(offsets);
   STD_TORCH_CHECK(held, "fsam_ext: no parameters are held under these offsets; hold() them first");
   return held;
@@ -176,7 +210,7 @@ bool can_hold() {
 
 void hold(TensorList& params, const Tensor& offsets) {
   STD_TORCH_CHECK(can_hold(), "fsam_ext: this torch gives no access to gradients from C++; give the ops lists");
-  auto held = std::make_shared<const Held>(std::move(params));  // before the lock, as in release
+  auto held = std::make_shared<Held>(std::move(params), offsets);  // before the lock, as in release
   const std::lock_guard<std::mutex> lock(mutex);
   STD_TORCH_CHECK(held_by_offsets.count(offsets.data_ptr()) == 0,
                   "fsam_ext: parameters are held under these offsets already; release them first");
@@ -184,7 +218,7 @@ void hold(TensorList& params, const Tensor& offsets) {
 }
 
 void release(int64_t address) {
-  std::shared_ptr<const Held> held;  // goes only after the lock has: its end may run Python
+  std::shared_ptr<Held> held;  // goes only after the lock has: its end may run Python
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = held_by_offsets.find(reinterpret_cast<const void*>(address));
   if (found == held_by_offsets.end()) return;

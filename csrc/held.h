@@ -5,15 +5,30 @@
 // each op call, and as much again for each look whether a gradient is still where it was. So an optimizer's segment may
 // `hold` its parameters once. The ops then take empty lists and the segment's `offsets`, under which the parameters are
 // held; the gradients are those that the parameters have at the time of the call. Nothing is trusted to have stayed as
-// it was: each pass looks whether a parameter still has the form that the flat state was laid out for, and shapes,
-// dtypes and addresses are read anew in every call, as they are from lists.
+// it was: each pass looks whether a parameter still has the form that the flat state was laid out for, and what no look
+// has found is read anew in every call, as it is from lists.
+//
+// NOTE [a look serves a pass]
+// To read a tensor's shape, dtype and address costs as much as the kernel does on a small one, and a pass would do it
+// twice or three times: in its look and in each op. So the look keeps what it found, in the form that ops need, until
+// the next look, or until the parameters are `written`. A pass begins with the one and ends with the other, and between
+// them nobody else has a turn. What an interrupt cuts short goes on after a look: Transaction.resume.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include "tensor_list.h"
+#include "tensor_table.h"
 
 namespace fsam {
+
+// What a look has found, for the ops: NOTE [a look serves a pass].
+struct Found {
+  const Row* rows;  // with gradients that lie in the order of their parameters
+  int64_t chunks, numel, flat_numel;
+  int32_t dtype;
+  Place place;
+};
 
 // NOTE [symbols outside the stable ABI]
 // The stable ABI knows no .grad, no version counter and no lazy negation. These functions of libtorch are declared by
@@ -47,6 +62,8 @@ struct HeldParameters {
   // Where each one's gradient was kept when it was held. Only to be fetched: nobody knows whether it is still there.
   const AtenTensorHandle* grads;
   size_t size;
+  // Null where no look has found every gradient as ops need it.
+  const Found* found = nullptr;
 
   // To be called before parameter i and its gradient are looked at. Each turn asks for the next link of a chain that it
   // may only follow once the one before has come: NOTE [tensors are fetched ahead].

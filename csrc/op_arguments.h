@@ -78,17 +78,6 @@ inline bool is_dense(ListedTensor tensor) {
   return true;
 }
 
-// Where the tensors of a call are.
-struct Place {
-  bool on_cpu;
-  int32_t index;
-
-  template <class AnyTensor>
-  bool holds(const AnyTensor& tensor) const {
-    return tensor.is_cpu() == on_cpu && (on_cpu || tensor.get_device_index() == index);
-  }
-};
-
 // The parameters of a call and their gradients: lists, or what is held under the offsets.
 class Rows {
  public:
@@ -104,6 +93,8 @@ class Rows {
   }
 
   size_t size() const { return size_; }
+  // What was found when they were looked at, or null.
+  const Found* found() const { return held_ ? held_->found : nullptr; }
   // To be called before row i is looked at.
   void fetch_ahead(size_t i) const {
     if (held_) {
@@ -158,6 +149,13 @@ inline Arguments arguments(const Tensors& params, const Tensors* grads, const Te
 
   Arguments result;
   if (rows.size() == 0) return result;
+  if (const Found* found = rows.found(); found && grads && found->place.on_cpu == on_cpu) {
+    result.table = {{found->rows, found->rows + rows.size()}, found->chunks, found->numel};
+    result.dtype = found->dtype;
+    result.place = found->place;
+    result.flat_numel = found->flat_numel;
+    return result;
+  }
   const int64_t* offset = static_cast<const int64_t*>(offsets.data_ptr());
   result.dtype = dtype_of(rows.param(0));
   result.place = {rows.param(0).is_cpu(), rows.param(0).get_device_index()};

@@ -99,6 +99,17 @@ inline bool same_order(ListedTensor a, ListedTensor b) {
   return true;
 }
 
+// Where the tensors of a call are.
+struct Place {
+  bool on_cpu;
+  int32_t index;
+
+  template <class AnyTensor>
+  bool holds(const AnyTensor& tensor) const {
+    return tensor.is_cpu() == on_cpu && (on_cpu || tensor.get_device_index() == index);
+  }
+};
+
 class TensorList {
  public:
   explicit TensorList(StableListHandle list) {

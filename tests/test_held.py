@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -221,20 +222,22 @@ def test_a_bad_gradient_is_named_and_nothing_changes():
 
 
 @pytest.mark.usefixtures("three_threads")
-@pytest.mark.parametrize("hold", (False, True))
+@pytest.mark.parametrize("hold", ("listed", "held", "looked_at", "looked_at_in_order"))
 @pytest.mark.parametrize("name", ("cpu", "cuda_emulated"))
 def test_many_rows_are_each_checked_and_none_is_mixed_up(name, hold):
     """Threads share the look at them: the first misfit is named, and a row gets its own gradient in its own order."""
     shapes = [(3, 1 + i % 7) for i in range(1500)]
     params = [torch.randn(shape) for shape in shapes]
     grads = [torch.randn(shape) for shape in shapes]
-    for i in some_of(1500, 300):
+    for i in some_of(1500, 0 if hold == "looked_at_in_order" else 300):
         grads[i] = grads[i].t().contiguous().t()
     for param, grad in zip(params, grads):
         param.grad = grad
     offsets = 32 * key(1500)
-    look = held.look_at(params, offsets) if hold else None
-    lists = ([], []) if hold else (params, grads)
+    look = held.look_at(params, offsets) if hold != "listed" else None
+    lists = (params, grads) if hold == "listed" else ([], [])
+    if hold.startswith("looked_at"):
+        assert look.have_grads()
 
     def step(lists):
         BACKENDS[name]().restore_sgd(*lists, offsets, *[None] * 5, 0.5, None, 0.0, 0.0, 0.0, False, False, None)
@@ -248,10 +251,78 @@ def test_many_rows_are_each_checked_and_none_is_mixed_up(name, hold):
     wrong = sorted(some_of(1500, 3))
     for i in wrong:
         grads[i].resize_(1)
+    if look is not None:
+        look.written()
     with pytest.raises(RuntimeError, match=rf"grads\[{wrong[0]}\] has another shape"):
         step(lists)
     assert all(map(identical, params, before))
     del look
+
+
+@pytest.mark.parametrize("name", ("cpu", "cuda_emulated"))
+def test_a_look_serves_until_the_next_one_or_until_what_it_saw_is_written(name):
+    """csrc/held.h, NOTE [a look serves a pass]."""
+    params = [Parameter(torch.randn(shape)) for shape in ((3, 5), (), (0,), (7,))]
+    offsets = 64 * key(4)
+    look = held.look_at(params, offsets)
+
+    def fed() -> torch.Tensor:
+        ema = torch.zeros(256)
+        BACKENDS[name]().update_ema([], [], offsets, ema, None, None, None, None, 0.0)
+        return ema[:15].view(3, 5)
+
+    def give() -> torch.Tensor:
+        for param in params:
+            param.grad = torch.randn(param.shape)
+        return params[0].grad
+
+    for ends in (look.written, partial(look.have_their_forms, False), look.in_place, look.have_grads):
+        old = give()
+        assert look.have_grads() and identical(fed(), old)
+        new = give()
+        assert identical(fed(), old)
+        ends()
+        assert identical(fed(), new)
+        assert look.have_grads()
+        params[1].grad = None
+        assert not look.have_grads()
+        with pytest.raises(RuntimeError, match=r"grads\[1\] is missing"):
+            fed()
+    # What the op brings into order is no business of the look.
+    give()
+    params[0].grad = torch.randn(5, 3).t()
+    assert look.have_grads() and identical(fed(), params[0].grad)
+
+
+def test_an_update_that_was_interrupted_goes_on_with_the_gradients_of_now(monkeypatch):
+    """Ctrl-C twice: the second one stops what finishes the update after the first. The gradients of then are gone."""
+    params = [Parameter(torch.zeros(4)) for _ in range(6)]
+    optimizer = FriendlySAM([{"params": params[:3]}, {"params": params[3:]}], lr=1.0, rho=0.0)
+
+    def give(value: float) -> None:
+        for param in params:
+            param.grad = torch.full((4,), value)
+
+    give(1.0)
+    optimizer.first_step()
+    serving = optimizer._passes.layout.segments_of(1)[0]
+    real, calls = serving.backend, []
+
+    class Interrupted:
+        def __getattr__(self, op):
+            if op == "restore_sgd" and len(calls) < 2:
+                calls.append(op)
+                raise KeyboardInterrupt
+            return getattr(real, op)
+
+    monkeypatch.setattr(serving, "backend", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.second_step()
+    assert [param[0].item() for param in params] == [-1, -1, -1, 0, 0, 0]
+    give(2.0)
+    gc.collect()
+    optimizer.restore()
+    assert [param[0].item() for param in params] == [-1, -1, -1, -2, -2, -2]
 
 
 def test_ops_say_what_is_missing():

@@ -142,7 +142,7 @@ class Passes:
         """
         stage, number, journal = self.transaction.stage, groups[0][keys.STEP], self.transaction.journal
         if stage is Stage.UPDATING:
-            return _run(groups, self.transaction.finish)
+            return _run(groups, self.transaction.resume)
         self.transaction.check_whole()
         plain = stage is Stage.CLEAN
         participants = self._participants(groups, state, plain)

@@ -174,6 +174,14 @@ class Transaction:
         self._open = Open(self._open.ascent if self._open is not None else None, plan)
         self.finish()
 
+    def resume(self) -> None:
+        """Makes what is left of an update that was interrupted, with the gradients of now, and closes the step."""
+        assert self._open is not None and self._open.update is not None
+        for segment in self._open.update.updates:
+            if segment is not None:  # csrc/held.h, NOTE [a look serves a pass]: what the last one found is old
+                segment.have_their_forms()
+        self.finish()
+
     def finish(self) -> None:
         """Makes what is left of an update, and closes the step."""
         assert self._open is not None and self._open.update is not None
@@ -194,7 +202,7 @@ class Transaction:
         """
         if self.stage is Stage.UPDATING:
             try:
-                self.finish()
+                self.resume()
             except RuntimeError:  # an op refuses what is left of its plan: the rest is given up
                 pass
             else:
