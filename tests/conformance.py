@@ -14,6 +14,7 @@ over the lanes; the chunks are added in float64.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import combinations, product
@@ -126,7 +127,7 @@ LAYOUTS = {
 
 def every_pair(**axes: Iterable[Any]) -> pytest.MarkDecorator:
     """Parametrizes with so many combinations that any two values of two axes meet in one; an axis may have several
-    names (``dtype__stored``), and its values are tuples then.
+    names (``dtype__stored``), and its values are tuples then. FSAM_EVERY_COMBINATION=1 has all combinations instead.
     """
     values = [list(axis) for axis in axes.values()]
     places = [list(range(len(axis))) for axis in values]
@@ -135,8 +136,9 @@ def every_pair(**axes: Iterable[Any]) -> pytest.MarkDecorator:
         combination: {(i, a, j, b) for (i, a), (j, b) in combinations(enumerate(combination), 2)}
         for combination in product(*places)
     }
-    chosen = list(met) if len(values) == 1 else []
-    while left:
+    everything = len(values) == 1 or os.environ.get("FSAM_EVERY_COMBINATION") == "1"
+    chosen = list(met) if everything else []
+    while left and not everything:
         chosen.append(max(met, key=lambda combination: len(met[combination] & left)))
         left -= met[chosen[-1]]
     rows, ids = [], []
@@ -144,9 +146,15 @@ def every_pair(**axes: Iterable[Any]) -> pytest.MarkDecorator:
         parts = [(name, axis[at]) for name, axis, at in zip(axes, values, combination)]
         row = [value for name, part in parts for value in (part if "__" in name else (part,))]
         rows.append(row)
-        ids.append("-".join(dtype_id(v) if v is None or isinstance(v, torch.dtype) else str(v) for v in row))
+        ids.append("-".join(map(_id, row)))
     names = ",".join(axes).replace("__", ",")
     return pytest.mark.parametrize(names, rows if "," in names else [row[0] for row in rows], ids=ids)
+
+
+def _id(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "-".join(map(_id, value))
+    return dtype_id(value) if value is None or isinstance(value, torch.dtype) else str(value)
 
 
 # ---- One call's worth of inputs ------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Every backend, op, dtype and memory layout against the float64 reference; bits where bits are promised.
 
+In each backend any two values of a test's axes meet; FSAM_EVERY_COMBINATION=1 runs all combinations.
+
 What 16-bit parameters have of their own (masters, stochastic rounding) is in test_mixed_precision.py.
 """
 
@@ -25,7 +27,7 @@ from .conformance import (
     assert_close,
     copied,
     doubled,
-    dtype_id,
+    every_pair,
     identical,
     load,
     outside,
@@ -36,12 +38,12 @@ from .conformance import (
 
 SIGMA, LMBDA, RHO, EPS = 0.8, 0.9, 0.3, 1e-12
 
-pytestmark = [
-    pytest.mark.parametrize("layout", LAYOUTS),
-    # numpy, in Triton's interpreter, warns of what a GPU does without a word.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-]
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+# numpy, in Triton's interpreter, warns of what a GPU does without a word.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+# The dtype of the parameters, and that of the average, or None for the state's.
+STORED = [(dtype, None) for dtype in DTYPES] + [(dtype, stored) for dtype in DTYPES[1:] for stored in COMPRESSED]
+STORED_OF_FLOAT32 = [None, *COMPRESSED]
 
 
 @pytest.fixture(params=BACKENDS, ids=str)
@@ -73,24 +75,8 @@ def known(flat: Tensor | None, inputs: Inputs) -> list[Tensor]:
     return [part.cpu().double().nan_to_num(nan=0.0) for part in slices(flat, inputs)]
 
 
-# (dtype, dtype of the average or None for the state's, kind of average, adaptive)
-AVERAGES = pytest.mark.parametrize(
-    "dtype,stored,ema,adaptive",
-    [
-        *(
-            (dtype, None, ema, adaptive)
-            for dtype in DTYPES
-            for ema in ("none", "previous", "updated", "unset")
-            for adaptive in (False, True)
-        ),
-        *(
-            (dtype, stored, ema, ema == "updated")
-            for dtype in DTYPES[1:]
-            for stored in COMPRESSED
-            for ema in ("updated", "unset")
-        ),
-    ],
-    ids=lambda value: dtype_id(value) if value is None or isinstance(value, torch.dtype) else str(value),
+AVERAGES = every_pair(
+    layout=LAYOUTS, dtype__stored=STORED, ema=["none", "previous", "updated", "unset"], adaptive=[False, True]
 )
 
 
@@ -176,18 +162,7 @@ def test_perturb(backend, layout, dtype, stored, ema, adaptive):
     )
 
 
-# (dtype, dtype of the average or None for the state's)
-STORAGES = pytest.mark.parametrize(
-    "dtype,stored",
-    [*((dtype, None) for dtype in DTYPES), *((torch.float32, stored) for stored in COMPRESSED)],
-    ids=dtype_id,
-)
-
-
-FLOAT32_STORAGES = pytest.mark.parametrize("stored", (None, *COMPRESSED), ids=dtype_id)
-
-
-@FLOAT32_STORAGES
+@every_pair(layout=LAYOUTS, stored=STORED_OF_FLOAT32)
 def test_perturb_that_feeds_nothing_leaves_the_average(backend, layout, stored):
     """The parameters go where they go with an average that is fed."""
     backend, device = backend
@@ -203,8 +178,7 @@ def test_perturb_that_feeds_nothing_leaves_the_average(backend, layout, stored):
     assert all(map(identical, average.tensors(), before))
 
 
-@STORAGES
-@pytest.mark.parametrize("noise_sq", [math.inf, math.nan])
+@every_pair(layout=LAYOUTS, dtype__stored=STORED, noise_sq=[math.inf, math.nan])
 def test_perturb_with_a_nonfinite_norm_only_fills_the_backup(backend, layout, dtype, stored, noise_sq):
     backend, device = backend
     inputs, average, _ = ascent(layout, dtype, device, "unset", stored, scaled=False)
@@ -225,7 +199,7 @@ def test_perturb_with_a_nonfinite_norm_only_fills_the_backup(backend, layout, dt
     assert (effect[:-2] == 0).all() and effect[-2:].isnan().all()
 
 
-@EVERY_DTYPE
+@every_pair(layout=LAYOUTS, dtype=DTYPES)
 def test_perturb_with_a_zero_norm_moves_nothing(backend, layout, dtype):
     backend, device = backend
     inputs, average, _ = ascent(layout, dtype, device, "previous", None, scaled=False)
@@ -240,24 +214,19 @@ def test_perturb_with_a_zero_norm_moves_nothing(backend, layout, dtype):
 
 
 # What the forward pass sees weights in; and whether they are rounded copies of masters.
-EFFECTS = pytest.mark.parametrize(
-    "dtype,forward,masters",
-    [
-        (torch.float64, None, False),
-        (torch.float32, None, False),
-        (torch.float32, torch.bfloat16, False),
-        (torch.float32, torch.float16, False),
-        (torch.bfloat16, None, False),
-        (torch.bfloat16, torch.float16, True),
-        (torch.float16, None, True),
-        (torch.float16, torch.bfloat16, False),
-    ],
-    ids=lambda value: "as_stored" if value is None else str(value).removeprefix("torch."),
-)
+EFFECTS = [
+    (torch.float64, None, False),
+    (torch.float32, None, False),
+    (torch.float32, torch.bfloat16, False),
+    (torch.float32, torch.float16, False),
+    (torch.bfloat16, None, False),
+    (torch.bfloat16, torch.float16, True),
+    (torch.float16, None, True),
+    (torch.float16, torch.bfloat16, False),
+]
 
 
-@EFFECTS
-@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "adaptive"])
+@every_pair(layout=LAYOUTS, dtype__forward__masters=EFFECTS, adaptive=[False, True])
 def test_effect_of_a_perturbation(backend, layout, dtype, forward, masters, adaptive):
     """The sums are those of what lies in the parameters afterwards."""
     backend, device = backend
@@ -296,15 +265,8 @@ def chunked(x: Tensor, like: Tensor) -> Tensor:
 
 # ---- The average on its own ------------------------------------------------------------------------------------------
 
-FED = pytest.mark.parametrize(
-    "dtype,stored",
-    [*((dtype, None) for dtype in DTYPES), *((dtype, stored) for dtype in DTYPES[1:] for stored in COMPRESSED)],
-    ids=dtype_id,
-)
 
-
-@FED
-@pytest.mark.parametrize("predicates", [False, True], ids=["plain", "predicates"])
+@every_pair(layout=LAYOUTS, dtype__stored=STORED, predicates=[False, True])
 def test_update_ema(backend, layout, dtype, stored, predicates):
     """Elements whose gradient is not finite keep their value, the others get theirs."""
     backend, device = backend
@@ -359,8 +321,7 @@ def skipping(reason: str, norm_sq: float, device: str) -> tuple[torch.Tensor, to
     return stats, found_inf
 
 
-@FLOAT32_STORAGES
-@pytest.mark.parametrize("reason", ["stats", "found_inf"])
+@every_pair(layout=LAYOUTS, stored=STORED_OF_FLOAT32, reason=["stats", "found_inf"])
 def test_a_skipped_step_leaves_the_average(backend, layout, stored, reason):
     backend, device = backend
     inputs, average, _ = ascent(layout, torch.float32, device, "unset", stored, scaled=False)
@@ -371,7 +332,7 @@ def test_a_skipped_step_leaves_the_average(backend, layout, stored, reason):
     assert all(map(identical, average.tensors(), before))
 
 
-@pytest.mark.parametrize("size", [1.0, 2.0**-110], ids=["ordinary", "tiny"])
+@every_pair(layout=LAYOUTS, size=[1.0, 2.0**-110])
 def test_an_int8_average_does_not_wear_off(backend, layout, size):
     """What is stored again without a finite gradient keeps its bits; a block below 2^-100 is zero, not unset."""
     backend, device = backend
@@ -395,7 +356,7 @@ def test_an_int8_average_does_not_wear_off(backend, layout, size):
 # ---- The restore and the base updates --------------------------------------------------------------------------------
 
 
-@EVERY_DTYPE
+@every_pair(layout=LAYOUTS, dtype=DTYPES)
 def test_restore_is_a_copy_of_bits(backend, layout, dtype):
     backend, device = backend
     inputs = Inputs(layout, dtype, device)
@@ -418,8 +379,6 @@ SGD_OPTIONS = [
     (0.9, 0.5, 0.0, False, True),
     (0.9, 0.0, 0.1, True, False),
 ]
-# (lr tensor given, loss scale given, backup given)
-CALLS = pytest.mark.parametrize("by_tensor,with_backup", [(False, True), (True, False)], ids=["plain", "by_tensor"])
 
 
 def descent(layout, dtype, device, by_tensor: bool, with_backup: bool):
@@ -434,9 +393,7 @@ def descent(layout, dtype, device, by_tensor: bool, with_backup: bool):
     return inputs, backup, scale, lr, [s.cpu().double().abs() for s in starts]
 
 
-@pytest.mark.parametrize("options", SGD_OPTIONS, ids=lambda o: "-".join(map(str, o)))
-@CALLS
-@EVERY_DTYPE
+@every_pair(layout=LAYOUTS, dtype=DTYPES, options=SGD_OPTIONS, by_tensor=[False, True], with_backup=[False, True])
 def test_restore_sgd(backend, layout, dtype, options, by_tensor, with_backup):
     backend, device = backend
     momentum, dampening, weight_decay, nesterov, maximize = options
@@ -478,9 +435,7 @@ ADAM_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", ADAM_OPTIONS, ids=lambda o: "-".join(map(str, o)))
-@CALLS
-@EVERY_DTYPE
+@every_pair(layout=LAYOUTS, dtype=DTYPES, options=ADAM_OPTIONS, by_tensor=[False, True], with_backup=[False, True])
 def test_restore_adam(backend, layout, dtype, options, by_tensor, with_backup):
     backend, device = backend
     (beta1, beta2), weight_decay, decoupled, maximize = options
@@ -525,10 +480,9 @@ def test_restore_adam(backend, layout, dtype, options, by_tensor, with_backup):
     assert all(map(identical, untouched, after)), "wrote outside its slices"
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("reason", ["stats", "found_inf"])
-@pytest.mark.parametrize("base", ["sgd", "adam"])
-@pytest.mark.parametrize("with_backup", [True, False], ids=["restore", "in_place"])
+@every_pair(
+    layout=LAYOUTS, dtype=DTYPES, reason=["stats", "found_inf"], base=["sgd", "adam"], with_backup=[False, True]
+)
 def test_a_skipped_update_only_restores(backend, layout, dtype, reason, base, with_backup):
     backend, device = backend
     inputs = Inputs(layout, dtype, device)
