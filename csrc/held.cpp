@@ -97,9 +97,12 @@ class Held {
     if (offsets.numel() == int64_t(params_.size())) lay_out(offsets);
   }
   Held(const Held&) = delete;
+  ~Held() {
+    for (AtenTensorHandle grad : kept_) aoti_torch_delete_tensor_object(grad);
+  }
 
   bool have_their_forms(bool in_place) {
-    view_.found = nullptr;
+    forget();
     return all([this, in_place](size_t i, Forms::Walk& form) {
       if (i + kFetchedAhead < params_.size()) fetch(params_[i + kFetchedAhead].get());
       return (!in_place || address_of(params_[i].get()) == addresses_[i].param) && form.holds(params_[i]);
@@ -107,25 +110,28 @@ class Held {
   }
 
   bool have_grads() {
-    view_.found = nullptr;
+    forget();
     std::atomic<bool> as_needed = !arguments_.table.rows.empty();
     const bool result = all([&](size_t i, Forms::Walk& form) {
       view_.fetch_ahead(i);
       const Gradient grad(params_[i].get());
       if (!grad.plain || params_[i].data_ptr() != addresses_[i].param || !form.holds(params_[i])) return false;
       if (!as_needed.load(std::memory_order_relaxed)) return true;
-      if (is_as_needed(params_[i], ListedTensor(grad.handle)))
+      if (is_as_needed(params_[i], ListedTensor(grad.handle))) {
         arguments_.table.rows[i].grad = grad.address;
-      else
+        TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(grad.handle, kept_[i]));
+      } else {
         as_needed.store(false, std::memory_order_relaxed);
+      }
       return true;
     });
+    keeps_ = !kept_.empty();
     if (result && as_needed) view_.found = &found_;
     return result;
   }
 
   bool in_place() {
-    view_.found = nullptr;
+    forget();
     return all([this](size_t i, Forms::Walk& form) {
       view_.fetch_ahead(i);
       const AtenTensorHandle param = params_[i].get();
@@ -137,10 +143,12 @@ class Held {
 
   void written() {
     view_.found = nullptr;
-    for_tensors(params_.size(), [this](int64_t first, int64_t last) {
+    const bool keeps = std::exchange(keeps_, false);
+    for_tensors(params_.size(), [this, keeps](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         if (i + kFetchedAhead < params_.size()) fetch_links(params_[i + kFetchedAhead].get());
         fsam_bump_version(params_[i].get());
+        if (keeps) let_go(i);
       }
     });
   }
@@ -156,9 +164,19 @@ class Held {
     } catch (const std::exception&) {  // the op says why, when it is called
       return;
     }
+    for (size_t i = 0; i <= params_.size(); ++i)
+      TORCH_ERROR_CODE_CHECK(aoti_torch_new_uninitialized_tensor(&kept_.emplace_back()));
     const TensorTable& table = arguments_.table;
     found_ = {table.rows.data(), table.chunks, table.numel, arguments_.flat_numel, arguments_.dtype, arguments_.place};
   }
+
+  // Lets go of what the last look found.
+  void forget() {
+    view_.found = nullptr;
+    if (!std::exchange(keeps_, false)) return;
+    for (size_t i = 0; i < params_.size(); ++i) let_go(i);
+  }
+  void let_go(size_t i) { TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(kept_.back(), kept_[i])); }
 
   // Whether an op may read a gradient as it lies.
   bool is_as_needed(ListedTensor param, ListedTensor grad) const {
@@ -184,6 +202,9 @@ class Held {
   std::vector<AtenTensorHandle> grads_;
   Arguments arguments_;  // empty where an op would refuse the parameters
   Found found_{};
+  // Gradients that were found, lest what an op reads be freed by somebody's signal handler; and one that is undefined.
+  std::vector<AtenTensorHandle> kept_;
+  bool keeps_ = false;
   HeldParameters view_;
 };
 

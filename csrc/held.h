@@ -11,8 +11,9 @@
 // NOTE [a look serves a pass]
 // To read a tensor's shape, dtype and address costs as much as the kernel does on a small one, and a pass would do it
 // twice or three times: in its look and in each op. So the look keeps what it found, in the form that ops need, until
-// the next look, or until the parameters are `written`. A pass begins with the one and ends with the other, and between
-// them nobody else has a turn. What an interrupt cuts short goes on after a look: Transaction.resume.
+// the next look, or until the parameters are `written`. It keeps the gradients too, lest a signal handler free what an
+// op is about to read. A pass begins with the one and ends with the other. What an interrupt cuts short goes on after a
+// look: Transaction.resume.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

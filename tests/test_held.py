@@ -277,12 +277,13 @@ def test_a_look_serves_until_the_next_one_or_until_what_it_saw_is_written(name):
         return params[0].grad
 
     for ends in (look.written, partial(look.have_their_forms, False), look.in_place, look.have_grads):
-        old = give()
+        old = give().clone()
         assert look.have_grads() and identical(fed(), old)
+        gone = weakref.ref(params[0].grad)
         new = give()
-        assert identical(fed(), old)
+        assert gone() is not None and identical(fed(), old)
         ends()
-        assert identical(fed(), new)
+        assert gone() is None and identical(fed(), new)
         assert look.have_grads()
         params[1].grad = None
         assert not look.have_grads()
