@@ -95,13 +95,14 @@ gpu-check: ## on a GPU, with torch installed already: tests, bandwidth, steps, c
 # The sanitizers' runtimes have to be loaded before Python's own libraries. libstdc++ comes with them: they look for
 # its exception functions when they start, and Python itself does not bring it. pytest must not capture file descriptors,
 # or a report that ends the process is lost with it.
-sanitize: $(VENV)/.extra-dev ## run the conformance tests under AddressSanitizer and UBSan
+sanitize: $(VENV)/.extra-dev ## run the conformance tests, and CUDA's kernels on the CPU, under AddressSanitizer and UBSan
 	FSAM_SANITIZE=1 $(BUILD) --build-lib $(SANITIZED)
 	preload=$$(ldd $(SANITIZED)/fsam_ext/_C.abi3.so | awk '/lib(asan|ubsan|stdc)/ {printf "%s ", $$3}') && \
 	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	FSAM_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/fsam_ext \
 	$(PY) -m pytest $(PARALLEL) --capture=sys -k "cpu-" tests/test_conformance.py tests/test_reuse_ops.py \
 	  tests/test_reuse_updates.py $(ARGS)
+	$(PY) -m pytest -m sanitizers tests/test_cuda_emulator.py
 
 wheel: $(VENV)/.extra-build ## a wheel and an sdist in dist/
 	rm -rf build/lib.* build/bdist.* dist

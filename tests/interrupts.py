@@ -306,6 +306,12 @@ def each_line_once(lines: list[tuple[str, int]]) -> list[int]:
     return [choice.choice(numbers) for numbers in turns.values()]
 
 
+def a_third_of_them(lines: list[tuple[str, int]]) -> list[int]:
+    """Another third of those in each run."""
+    once = each_line_once(lines)
+    return [once[i] for i in torch.randperm(len(once))[: -(-len(once) // 3)]]
+
+
 BF16 = torch.bfloat16
 CASES: dict[str, Case] = {
     "SGD": Case(options={"momentum": 0.9}),

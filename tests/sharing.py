@@ -17,7 +17,6 @@ from typing import Any
 GROUPS = (
     "tests/test_cuda_binary.py",
     "tests/distributed/",
-    "tests/test_cuda_emulator.py::test_kernels_are_clean_under_sanitizers",
     "tests/test_gpu_check.py",
     "tests/test_triton_launch.py::test_compiled_code",
     "tests/test_cuda_executed.py",

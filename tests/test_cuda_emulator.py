@@ -280,6 +280,7 @@ def test_planted_bug_is_caught_by_a_sanitizer(planted, bug, message):
     assert (result.returncode != 0) == (bug != "none")
 
 
+@pytest.mark.sanitizers
 def test_kernels_are_clean_under_sanitizers():
     """Runs this file's comparisons, whose tensors end where their rows end, in a sanitized process."""
     library = cuda_emulation.build(sanitize=True)
