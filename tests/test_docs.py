@@ -4,6 +4,7 @@ somewhere, and no page and no public name is left out."""
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import sys
 from contextlib import contextmanager
@@ -163,3 +164,26 @@ def test_the_api_page_has_every_public_name():
 
 def test_ci_builds_the_site():
     assert "make docs\n" in (ROOT / ".ci/run").read_text()
+
+
+def compatibility() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compatibility", DOCS / "compatibility.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_on_compatibility_is_what_its_data_make():
+    page = (DOCS / "compatibility.md").read_text()
+    assert compatibility().filled(page) == page
+    with pytest.raises(ValueError, match="torch:begin"):
+        compatibility().filled("a page without tables")
+
+
+def test_the_frameworks_that_are_installed_for_the_tests_are_those_of_the_data():
+    pinned = dict(re.findall(r"([\w-]+)==([\w.]+)", (ROOT / "Makefile").read_text()))
+    packages = {"Composer": "mosaicml", "Ignite": "pytorch-ignite"}
+    rows = [row for row in compatibility().rows() if row["table"] == "framework"]
+    for row in rows:
+        assert row["version"] == pinned.pop(packages.get(row["what"], row["what"].lower()))
+    assert pinned.keys() == {"peft", "torchmetrics"}
