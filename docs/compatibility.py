@@ -7,7 +7,7 @@ from pathlib import Path
 
 PAGE = Path(__file__).with_suffix(".md")
 DATA = Path(__file__).with_suffix(".csv")
-HEADER = "| | version | with | what was run | when |\n|---|---|---|---|---|"
+HEADER = "| | version | with | what was run | when |\n|---|---|---|---|---:|"
 
 
 def rows() -> list[dict[str, str]]:

@@ -10,7 +10,6 @@ sys.path.insert(0, str(ROOT))
 
 project = "fsam_ext"
 author = "the authors of fsam_ext"
-copyright = "BSD-3-Clause"
 version = release = re.search(r'__version__ = "(.+)"', (ROOT / "fsam_ext/_version.py").read_text())[1]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
@@ -26,6 +25,9 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
+html_show_copyright = False
+# Nobody wants to paste the plus and minus of a diff.
+copybutton_selector = "div:not(.highlight-diff) > div.highlight > pre"
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
@@ -33,6 +35,7 @@ pygments_dark_style = "github-dark"
 autodoc_mock_imports = ["accelerate", "composer", "lightning", "timm", "torchmetrics", "transformers"]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 80
 napoleon_google_docstring = True
