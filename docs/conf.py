@@ -49,13 +49,16 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!fsam_ext)(?!FriendlySAM|SAM$|SecondPass|FlatParameters).*")]
 
 
-def _norms_are_no_substitutions(app, what, name, obj, options, lines: list[str]) -> None:
-    """Docstrings write norms as |d|, which reStructuredText takes for a name to be replaced, but for literals."""
+def _as_meant(app, what, name, obj, options, lines: list[str]) -> None:
+    """Keeps reStructuredText from taking |d| for a name to be replaced, and Napoleon from taking what comes before the
+    colon of a property's sentence for its type."""
     for number, line in enumerate(lines):
         parts = re.split(r"(``.*?``)", line)
         lines[number] = "".join(part if part.startswith("``") else part.replace("|", r"\|") for part in parts)
+    if what == "property":
+        lines[0] = lines[0].replace(": ", "; ", 1)
 
 
 def setup(app) -> None:
-    """Sphinx calls this."""
-    app.connect("autodoc-process-docstring", _norms_are_no_substitutions)
+    """Sphinx calls this; Napoleon's turn comes at 500."""
+    app.connect("autodoc-process-docstring", _as_meant, priority=400)
