@@ -68,6 +68,11 @@ house: $(VENV)/.extra-dev ## the plan of the package in figures, and an interrup
 build: $(VENV)/.extra-build ## build the extension in the source tree
 	$(BUILD) --inplace
 
+.PHONY: docs
+docs: $(VENV)/.extra-docs ## build the site into build/docs; a warning is an error
+	$(PY) -m sphinx -q -j auto -W --keep-going -n -b html docs build/docs
+	@echo "build/docs/index.html"
+
 lint: $(VENV)/.extra-dev ## check style: ruff and clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

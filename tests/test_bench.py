@@ -270,7 +270,7 @@ def test_the_table_of_state_has_what_was_measured(bench):
     assert lines[0] == "a" and lines[-1] == "b"
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/mixed-precision.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md", "docs/mixed-precision.md"])
 def test_a_pages_table_is_the_one_that_its_rows_make(bench, name):
     """Of the machine that its caption names."""
     page = (ROOT / name).read_text()

@@ -29,6 +29,7 @@ from .versions import require
 # loss by the number of a step's micro-batches, in place and after the hooks; so does the second pass, and for each new
 # number it is checked that the two agree.
 
+#: The bases that :func:`register` takes where it is given none.
 BASES = ("sgd", "momentum", "adam", "adamw")
 
 

@@ -32,7 +32,7 @@ class FriendlySAMTrainerMixin:
     ``fsam/found_inf``.
 
     Args:
-        *args, **kwargs: the Trainer's.
+        args, kwargs: the Trainer's.
         fsam: options of the :class:`fsam_ext.FriendlySAM`: ``rho``, ``sigma``, ``every`` and so on.
 
     Raises:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 from argparse import Namespace
 from functools import partial
-from pathlib import Path
 
 import numpy
 import pytest
@@ -18,19 +16,15 @@ from torch.utils.data import DataLoader
 
 from fsam_ext import FriendlySAM
 
+from ..pages import DOCS, blocks
 from .reference import SIZE, RandomStates, batches, difference, loss_of, network, rows, train
 
-DOCS = Path(__file__).parents[2] / "docs"
 OPTIONS = {"rho": 0.1, "lr": 0.1, "momentum": 0.9}
 
 
 def recipe(title):
     """The names that the first example under a heading defines."""
-    text = "\n".join(path.read_text() for path in sorted(DOCS.glob("frameworks*.md")))
-    (code,) = re.findall(rf"^#+ {re.escape(title)}\n+```python\n(.*?)```", text, re.DOTALL | re.MULTILINE)
-    names: dict = {}
-    exec(compile(code, title, "exec"), names)
-    return names
+    return next(block for block in blocks(DOCS / "frameworks-recipes.md") if block.heading == title).run()
 
 
 def made(model):
