@@ -20,6 +20,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # pip's builds do not have it there
@@ -111,6 +112,13 @@ def plan_cuda() -> str | None:
     if nvcc is None:
         logging.info("fsam_ext: builds without the CUDA library: %s.", reason)
     return nvcc
+
+
+def prerequisites() -> tuple[Torch, str, str, str | None]:
+    """Return torch, the compiler, ninja and nvcc, or end with a sentence on what is missing."""
+    if not sys.platform.startswith("linux"):
+        fail(f"builds on Linux only so far, and this is {sys.platform}.")
+    return Torch.find(), find_compiler(), find_ninja(), plan_cuda()
 
 
 def gencode_flags(requested: str | None, supported: set[str]) -> list[str]:
@@ -221,19 +229,15 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         """Build every planned library."""
-        if not sys.platform.startswith("linux"):
-            fail(f"builds on Linux only so far, and this is {sys.platform}.")
         if wish("FSAM_CPU") == "0":
             return
         if self.sanitize and self.inplace:
             fail("FSAM_SANITIZE=1 does not build in place; give --build-lib as `make sanitize` does.")
-        torch, compiler, ninja = Torch.find(), find_compiler(), find_ninja()
-        nvcc = None if self.sanitize else plan_cuda()
-
+        torch, compiler, ninja, nvcc = prerequisites()
         plan = NinjaFile(ROOT, Path(self.build_temp))
         libraries = {"fsam_ext._C": plan_cpu(plan, torch, compiler, self.sanitize)}
         later = {}
-        if nvcc is not None:
+        if nvcc is not None and not self.sanitize:
             waits = wish("FSAM_CUDA") == "gpu" and not gpu_is_here()
             (later if waits else libraries)["fsam_ext._C_cuda"] = plan_cuda_library(plan, torch, compiler, nvcc)
         with plan.written() as runner:
@@ -255,13 +259,23 @@ class NinjaBuild(build_ext):
         self.extensions = [e for e in self.extensions if e.name in libraries]
 
 
+class CheckedInfo(dist_info):
+    """`dist_info`, which pip asks for before it downloads what we require: gigabytes, where torch is missing."""
+
+    def run(self) -> None:
+        """Say what the build will miss now, not after the download."""
+        prerequisites()
+        super().run()
+
+
 if __name__ == "__main__":
     # The sources are ninja's business; setuptools has to know the names, and that the wheel is not pure.
     extensions = [
         Extension("fsam_ext._C", sources=[], py_limited_api=True),
         Extension("fsam_ext._C_cuda", sources=[], py_limited_api=True, optional=True),
     ]
+    commands = {"build_ext": NinjaBuild, "dist_info": CheckedInfo}
     options = {"bdist_wheel": {"py_limited_api": "cp310"}}
     if is_pure():
-        extensions, options = [], {}
-    setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild}, options=options)
+        extensions, commands, options = [], {"build_ext": NinjaBuild}, {}
+    setup(ext_modules=extensions, cmdclass=commands, options=options)
