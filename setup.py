@@ -240,11 +240,13 @@ class NinjaBuild(build_ext):
         if nvcc is not None and not self.sanitize:
             waits = wish("FSAM_CUDA") == "gpu" and not gpu_is_here()
             (later if waits else libraries)["fsam_ext._C_cuda"] = plan_cuda_library(plan, torch, compiler, nvcc)
-        with plan.written() as runner:
-            if not runner.make(ninja, list(libraries.values())):
+        jobs = [f"-j{count}" for count in os.environ.get("MAX_JOBS", "").split()]
+        with plan.written() as run:
+            if run(ninja, *jobs, *libraries.values()).returncode != 0:
                 fail("the build failed; the compiler's own message is above.")
             # What waits for a GPU stays as it is where it is up to date.
-            libraries |= {name: path for name, path in later.items() if runner.is_fresh(ninja, path)}
+            said = {name: run(ninja, "-n", path, capture_output=True).stdout for name, path in later.items()}
+            libraries |= {name: later[name] for name in said if "no work to do" in said[name]}
             self.put(libraries)
 
     def put(self, libraries: dict[str, str]) -> None:

@@ -25,7 +25,7 @@ def check(wheel: Path, version: str, torch: str, folder: Path) -> str:
     interpreter = fresh_environment(folder, python, f"torch=={torch}", "numpy")
     said = checked(interpreter, "-m", "pip", "install", wheel)
     installed = re.search(r"Successfully installed (.*)", said)
-    if installed is None or installed[1].split() != [f"fsam_ext-{wheel.name.split('-')[1]}"]:
+    if installed is None or installed[1].replace("_", "-").split() != [f"fsam-ext-{wheel.name.split('-')[1]}"]:
         sys.exit(f"{said}\nfsam_ext: the wheel alone was to be installed into {folder}.")
     info = checked(interpreter, "-m", "fsam_ext.info", "--device", "cpu")
     if "cpu is served by 'cpu'" not in info or "not built" in info:

@@ -1,12 +1,11 @@
 """Writes a build.ninja, statement by statement, and has ninja do what it says, one build at a time in a folder."""
 
 import fcntl
-import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,8 +46,8 @@ class NinjaFile:
     # Two ninjas in one folder write each other's log: objects lose their headers ("#deps 0") and stay as they are when
     # those change. ninja and its compilers inherit the lock, so it lasts as long as any of them writes.
     @contextmanager
-    def written(self) -> Iterator["Runner"]:
-        """Write the file; within the block no other build runs in the folder."""
+    def written(self) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+        """Write the file and give a function that runs ninja on it; no other build runs in the folder meanwhile."""
         folder = self.root / self.build_dir
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
@@ -59,22 +58,9 @@ class NinjaFile:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             file = folder / "build.ninja"
             file.write_text("\n".join(self.lines) + "\n")
-            yield Runner(self.root, file, lock.fileno())
 
+            def run(ninja: str, *arguments: str, **options: object) -> subprocess.CompletedProcess:
+                command = [ninja, "-f", str(file), *arguments]
+                return subprocess.run(command, cwd=self.root, text=True, pass_fds=(lock.fileno(),), **options)
 
-class Runner:
-    """ninja on a file that is written and locked."""
-
-    def __init__(self, root: Path, file: Path, lock: int) -> None:
-        self.root, self.file, self.lock = root, file, lock
-
-    def make(self, ninja: str, targets: list[str]) -> bool:
-        """Bring the targets up to date; return whether that succeeded."""
-        jobs = os.environ.get("MAX_JOBS")
-        command = [ninja, "-f", str(self.file), *(["-j", jobs] if jobs else []), *targets]
-        return subprocess.run(command, cwd=self.root, pass_fds=(self.lock,)).returncode == 0
-
-    def is_fresh(self, ninja: str, target: str) -> bool:
-        """Whether a target is up to date already."""
-        command = [ninja, "-f", str(self.file), "-n", target]
-        return "no work to do" in subprocess.run(command, cwd=self.root, text=True, capture_output=True).stdout
+            yield run
