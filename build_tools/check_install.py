@@ -30,7 +30,7 @@ class Place:
         self.python = python
         self.interpreter = fresh_environment(FOLDER / "with torch", python, f"torch=={torch}", "numpy")
         # What hides a compiler hides nvcc too.
-        self.no_compiler = {"PATH": str(self.interpreter.parent), "FSAM_CUDA": "auto"}
+        self.no_compiler = {"PATH": str(self.interpreter.parent), "CXX": "", "FSAM_CUDA": "auto"}
 
     def pip(self, *arguments: object, interpreter: Path | None = None, **environment: str) -> tuple[int, str]:
         """`pip install`, without CUDA unless it is asked for; its status and what it printed."""

@@ -14,10 +14,6 @@ from .building import CUDA, ROOT, SETUP, checked, no_compiler, run
 
 # Sentences instead of tracebacks
 
-# An environment without torch has setuptools and ninja only.
-BUILD_PACKAGES = ("setuptools", "_distutils_hack", "ninja")
-
-
 def build_fails(tmp_path, *, python=sys.executable, command=(), **environment):
     """Start a build that has to fail and return the sentence it ends with."""
     command = command or ("build_ext", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib")
@@ -33,10 +29,9 @@ def build_fails(tmp_path, *, python=sys.executable, command=(), **environment):
 def only_build_packages(folder):
     """A folder for PYTHONPATH that holds what a build needs of Python's, and no torch."""
     folder.mkdir()
-    for name in BUILD_PACKAGES:
-        found = Path(sysconfig.get_path("purelib"), name)
-        if found.exists():
-            (folder / name).symlink_to(found)
+    site = Path(sysconfig.get_path("purelib"))
+    for found in (*site.glob("setuptools*"), *site.glob("ninja*"), *site.glob("_distutils_hack")):
+        (folder / found.name).symlink_to(found)
     return str(folder)
 
 
