@@ -62,13 +62,13 @@ def _missing(device: torch.device) -> str | None:
 
 def _advice(device: torch.device) -> list[str]:
     """How to get the libraries that are not there and that ``device`` would use, one sentence each."""
-    again = "then install fsam_ext again (pip install --force-reinstall --no-deps, from a wheel or from its source)."
+    again = "and install fsam_ext from its source again, or install its wheel."
     needed = []
     if not _library.path_of("_C").exists():
-        needed.append(f"The compiled kernels are missing: install g++ 11 or clang++ 14 or later, {again}")
+        needed.append(f"The compiled kernels are missing: install g++ 11 or clang++ 14 or later {again}")
     if device.type == "cuda" and torch.version.hip is None and not _library.path_of("_C_cuda").exists():
         oldest = ".".join(map(str, _cuda_matrix.OLDEST_NVCC))
-        needed.append(f"The CUDA library is missing: install a CUDA toolkit with nvcc {oldest} or later, {again}")
+        needed.append(f"The CUDA library is missing: install a CUDA toolkit with nvcc {oldest} or later {again}")
     return needed
 
 

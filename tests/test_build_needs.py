@@ -14,6 +14,7 @@ from .building import CUDA, ROOT, SETUP, checked, no_compiler, run
 
 # Sentences instead of tracebacks
 
+
 def build_fails(tmp_path, *, python=sys.executable, command=(), **environment):
     """Start a build that has to fail and return the sentence it ends with."""
     command = command or ("build_ext", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib")
@@ -166,6 +167,8 @@ def test_the_documents_name_what_the_library_is_built_for():
     for major, driver in CUDA["OLDEST_DRIVERS"].items():
         assert f"| driver, for a library built by nvcc {major} | {driver} or later |" in text
     assert f"| nvcc of the wheel | {'.'.join(map(str, CUDA['TOOLKIT']))} |" in text
+    oldest = CUDA["ARCHITECTURES"][0].replace(".", "")
+    assert f"on every GPU from sm_{oldest} on" in (ROOT / "docs/cuda.md").read_text()
 
 
 def test_every_architecture_is_one_that_the_checks_know():
