@@ -131,6 +131,28 @@ def test_sanitizers_never_replace_the_library_in_the_tree(tmp_path):
     assert library.read_bytes() == before
 
 
+# What the targets build
+
+
+@pytest.mark.parametrize("target, wish", [("demo", True), ("demo-gpt", True), ("test", False), ("build", False)])
+def test_the_demos_build_the_cuda_library_only_where_a_gpu_is(tmp_path, target, wish):
+    lines = checked(["make", "--dry-run", target, f"VENV={tmp_path}/venv"], cwd=ROOT).splitlines()
+    (install,) = (line for line in lines if " install " in line and " -e " in line)
+    assert install.startswith("FSAM_CPU=0 FSAM_CUDA=0 ")  # pip would compile in silence
+    (build,) = (line for line in lines if "build_ext" in line)
+    assert build.startswith("FSAM_CUDA=${FSAM_CUDA:-gpu} ") == wish
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_gpu_is_one_that_the_driver_counts(tmp_path, count):
+    source = f"int cuInit(int flags) {{ return flags; }} int cuDeviceGetCount(int *n) {{ *n = {count}; return 0; }}"
+    command = [*SETUP["find_compiler"]().split(), "-shared", "-fPIC", "-x", "c", "-", "-o", tmp_path / "libcuda.so.1"]
+    checked(command, input=source)
+    program = "from build_tools.find import gpu_is_here; print(gpu_is_here())"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    assert checked([sys.executable, "-c", program], cwd=ROOT, env=environment).strip() == str(count > 0)
+
+
 # CUDA architectures
 
 SUPPORTED = {"75", "80", "86", "89", "90"}
