@@ -116,7 +116,7 @@ install-check: $(VENV)/.extra-wheel ## pip install with and without isolation, t
 
 clean: ## remove what the targets above have made, .venv included
 	rm -rf build dist *.egg-info $(VENV) $(VENV)-frameworks .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find fsam_ext tests bench examples -name __pycache__ -prune -exec rm -rf {} +
+	find fsam_ext build_tools tests bench examples -name __pycache__ -prune -exec rm -rf {} +
 	rm -f fsam_ext/*.so
 
 # Stamps. Each holds what it was made for and is rewritten only when that changes, so what follows is redone only then.

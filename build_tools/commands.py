@@ -73,11 +73,11 @@ def find_python(version: str) -> Path | None:
 def fresh_environment(folder: Path, python: Path, *packages: str) -> Path:
     """A new environment with pip and the packages; return its interpreter.
 
-    uv makes it: it unpacks a package once and links its files into every environment, and torch is gigabytes.
+    uv installs them: it unpacks a package once and links its files into every environment, and torch is gigabytes.
     """
-    uv = Path(sys.executable).with_name("uv")
-    checked(uv, "venv", "--quiet", "--clear", "--seed", "--python", python, folder)
+    checked(python, "-m", "venv", "--clear", folder)
     interpreter = folder / "bin/python"
     if packages:
+        uv = Path(sys.executable).with_name("uv")
         checked(uv, "pip", "install", "--quiet", "--python", interpreter, *packages)
     return interpreter
