@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -28,7 +27,6 @@ def _setup() -> ModuleType:
     """setup.py as a module: how this project finds its tools and writes build files."""
     spec = importlib.util.spec_from_file_location("fsam_ext_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
