@@ -42,9 +42,9 @@ class Place:
         """`pip install`, ten steps, `info`, which is returned; and uninstalled again."""
         status, said = self.pip(*arguments, **environment)
         assert status == 0, said
-        trained = checked(self.interpreter, "-c", ten_steps(*backends))
-        print("  " + "; ".join(trained.splitlines()[:2]))
-        info = checked(self.interpreter, "-m", "fsam_ext.info", "--device", "cpu")
+        program = ten_steps(*backends) + "\nfrom fsam_ext import info; print(info.describe('cpu'))\n"
+        info = checked(self.interpreter, "-c", program)
+        print("  " + "; ".join(info.splitlines()[:2]), flush=True)
         checked(self.interpreter, "-m", "pip", "uninstall", "--yes", "fsam_ext")
         assert f"cpu is served by '{(*backends, 'reference')[0]}'" in info, info
         return info
@@ -54,7 +54,7 @@ class Place:
         status, said = self.pip(*arguments, **options)
         found = [line for line in said.splitlines() if "fsam_ext: " in line and sentence in line]
         assert status != 0 and found and "Traceback" not in said, said
-        print(f"  {found[-1].strip()}")
+        print(f"  {found[-1].strip()}", flush=True)
 
 
 def way(function: Callable[[Place], None]) -> Callable[[Place], None]:
