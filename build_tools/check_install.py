@@ -44,7 +44,9 @@ class Place:
         assert status == 0, said
         program = ten_steps(*backends) + "\nfrom fsam_ext import info; print(info.describe('cpu'))\n"
         info = checked(self.interpreter, "-c", program)
-        print("  " + "; ".join(info.splitlines()[:2]), flush=True)
+        print(
+            "  " + "; ".join(line for line in info.splitlines() if line.startswith(("torch", "ten steps"))), flush=True
+        )
         checked(self.interpreter, "-m", "pip", "uninstall", "--yes", "fsam_ext")
         assert f"cpu is served by '{(*backends, 'reference')[0]}'" in info, info
         return info

@@ -34,7 +34,8 @@ def check(wheel: Path, version: str, torch: str, folder: Path) -> str:
     if str(folder) not in said or "CUDA library: loads" not in said:
         sys.exit(f"{said}\nfsam_ext: the wheel of {folder} was to be used, with both libraries.")
     full = run(interpreter, "-c", "import sys; print('.'.join(map(str, sys.version_info[:3])))").stdout.strip()
-    return f"| {full} | {said.split()[1]} | {said.splitlines()[1]} |"
+    found = re.search(r"^torch (\S+) .*\n(ten steps .*)$", said, re.MULTILINE)
+    return f"| {full} | {found[1]} | {found[2]} |"
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ def train(backend):
         loss = torch.nn.functional.cross_entropy(model(x), y)
         loss.backward()
         return loss
-    return [float(optimizer.step(closure)) for _ in range(10)]
+    return [float(optimizer.step(closure).detach()) for _ in range(10)]
 
 losses = {backend: train(backend) for backend in BACKENDS}
 for backend, loss in losses.items():
