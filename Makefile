@@ -17,6 +17,8 @@ PIP         := $(PY) -m pip --disable-pip-version-check
 CONSTRAINTS := $(VENV)/constraints.txt
 # Always run: ninja knows what there is to do.
 BUILD       := $(PY) setup.py -q build_ext
+# The demos train on the CPU where there is no GPU: there they do not wait for the CUDA library.
+BUILD_HERE  := FSAM_CUDA=$${FSAM_CUDA:-gpu} $(BUILD)
 SANITIZED   := build/sanitize
 # Tests run on one thread each, so as many processes share them as there are processors.
 PARALLEL    := -n auto --dist loadgroup
@@ -36,17 +38,17 @@ CPP          = $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-gpt test test-frameworks frameworks house build lint format bench bench-full cuda-check gpu-check \
-        sanitize wheel clean FORCE
+        sanitize wheel wheel-check install-check clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.extra-demo ## train on Fashion-MNIST: plain, SAM, F-SAM, and F-SAM with fewer second passes
-	$(BUILD) --inplace
+	$(BUILD_HERE) --inplace
 	$(PY) examples/fashion_mnist.py $(ARGS)
 
 demo-gpt: $(VENV)/.extra-demo ## pre-train small GPTs: does F-SAM at the end lessen forgetting and the damage of 4 bits?
-	$(BUILD) --inplace
+	$(BUILD_HERE) --inplace
 	$(PY) examples/gpt.py $(ARGS)
 
 test: $(VENV)/.extra-dev ## run the tests
@@ -109,13 +111,18 @@ sanitize: $(VENV)/.extra-dev ## run the conformance tests, and CUDA's kernels on
 	  tests/test_reuse_updates.py $(ARGS)
 	$(PY) -m pytest -m sanitizers tests/test_cuda_emulator.py
 
-wheel: $(VENV)/.extra-build ## a wheel and an sdist in dist/
-	rm -rf build/lib.* build/bdist.* dist
-	$(PY) -m build --no-isolation
+wheel: $(VENV)/.extra-wheel ## a wheel for any Linux, Python and torch, and an sdist, in dist/
+	$(PY) -m build_tools.wheel
+
+wheel-check: $(VENV)/.extra-wheel ## install the wheel of dist/ into clean environments of several Pythons and torches
+	$(PY) -m build_tools.check_wheel $(ARGS)
+
+install-check: $(VENV)/.extra-wheel ## pip install with and without isolation, torch, a compiler, from the sdist: a few minutes
+	$(PY) -m build_tools.check_install $(ARGS)
 
 clean: ## remove what the targets above have made, .venv included
 	rm -rf build dist *.egg-info $(VENV) $(VENV)-frameworks .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find fsam_ext tests bench examples -name __pycache__ -prune -exec rm -rf {} +
+	find fsam_ext build_tools tests bench examples -name __pycache__ -prune -exec rm -rf {} +
 	rm -f fsam_ext/*.so
 
 # Stamps. Each holds what it was made for and is rewritten only when that changes, so what follows is redone only then.
@@ -136,10 +143,11 @@ $(VENV)/.torch: $(VENV)/.python FORCE
 	    printf '%s\n' "$(TORCH)" > $@; \
 	fi
 
-# The first of these to run also puts the source tree on the environment's path.
+# The first of these to run also puts the source tree on the environment's path. It compiles nothing: pip would do so in
+# silence, and the targets build what they need.
 $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
 	$(PIP) install -q -c $(CONSTRAINTS) "setuptools>=77" "ninja>=1.11"
-	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[$*]"
+	FSAM_CPU=0 FSAM_CUDA=0 $(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[$*]"
 	@touch $@
 
 # What cannot be installed is said here, and once more under the table.

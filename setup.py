@@ -1,35 +1,44 @@
 """Builds the two libraries of fsam_ext with ninja; docs/building.md explains the choices.
 
-`fsam_ext/_C.abi3.so` (schema and CPU kernels) always builds; `fsam_ext/_C_cuda.abi3.so` builds
-where nvcc is found. Both need LibTorch's stable ABI only and no Python.h: they are loaded with
+`fsam_ext/_C.abi3.so` (schema and CPU kernels) builds where a C++ compiler is found, `fsam_ext/_C_cuda.abi3.so`
+where nvcc is, too. Both need LibTorch's stable ABI only and no Python.h: they are loaded with
 `torch.ops.load_library`, so one binary serves every CPython and every torch from 2.10 on. torch is
 located but never imported: only its headers and two shared libraries are needed.
 """
 
 import filecmp
-import importlib.util
 import logging
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
-OLDEST_TORCH = (2, 10)
-OLDEST_NVCC = (12, 1)  # the first with 32,764 bytes of kernel parameters
-# GPUs of 8.9 run what is compiled for 8.6, as they do in torch's own wheels: a seventh less to build and to ship.
-DEFAULT_CUDA_ARCHITECTURES = ("75", "80", "86", "90", "100", "120")
+sys.path.insert(0, str(ROOT))  # pip's builds do not have it there
+
+from build_tools.find import (  # noqa: E402
+    OLDEST_TORCH,
+    Torch,
+    compiler_command,
+    fail,
+    find_compiler,
+    find_ninja,
+    find_nvcc,
+    gpu_is_here,
+)
+from build_tools.ninja import NinjaFile, quote  # noqa: E402
+
+CUDA = runpy.run_path(str(ROOT / "fsam_ext/_cuda_matrix.py"))
+WISHES = {"FSAM_CPU": ("auto", "1", "0"), "FSAM_CUDA": ("auto", "gpu", "1", "0")}
 
 # The leaf loops are compiled once per ISA and chosen at run time. -mfma is left out on purpose and
 # contraction is off everywhere, so that every ISA rounds alike and gives the same bits; it costs
@@ -61,124 +70,55 @@ SANITIZED = (
 )
 
 
-def fail(sentence: str) -> None:
-    """End the build with one sentence for the user instead of a traceback."""
-    raise SystemExit(f"fsam_ext: {sentence}")
-
-
-@dataclass(frozen=True)
-class Torch:
-    """Where the headers and the library of an installed torch lie."""
-
-    include: Path
-    lib: Path
-
-    @classmethod
-    def find(cls) -> "Torch":
-        """Locate torch for this interpreter, or say what to install."""
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        spec = importlib.util.find_spec("torch")
-        if spec is None or spec.origin is None:
-            fail(
-                f"torch is not installed for {sys.executable}, and its headers are needed to "
-                f"build; run `pip install 'torch>={oldest}' ninja setuptools`, then "
-                "`pip install --no-build-isolation .` again."
-            )
-        home = Path(spec.origin).parent
-        header = home / "include/torch/headeronly/version.h"
-        text = header.read_text() if header.is_file() else ""
-        parts = [re.search(rf"TORCH_VERSION_{p} (\d+)", text) for p in ("MAJOR", "MINOR")]
-        version = tuple(int(part[1]) for part in parts if part)
-        if version < OLDEST_TORCH:
-            found = ".".join(map(str, version)) or "an older one"
-            fail(
-                f"torch {oldest} or later is needed for its stable ABI, but {home} holds {found}; "
-                f"run `pip install 'torch>={oldest}'`."
-            )
-        return cls(home / "include", home / "lib")
-
-
-def find_compiler() -> str:
-    """Return the C++ compiler's command line, once it has proved that it knows C++20.
-
-    It is the one that CXX names (options and a launcher such as ccache included), else the first
-    on PATH.
-    """
-    on_path = (name for name in ("g++", "c++", "clang++") if shutil.which(name))
-    command = os.environ.get("CXX") or next(on_path, None)
-    advice = "install g++ 11 or clang++ 14 or later, or name one with CXX="
-    if command is None:
-        fail(f"no C++ compiler was found on PATH; {advice}.")
-    probe = "#include <concepts>\n#include <span>\nstatic_assert(__cplusplus >= 202002L);\n"
-    try:
-        result = subprocess.run(
-            [*shlex.split(command), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"],
-            input=probe,
-            text=True,
-            capture_output=True,
-        )
-    except OSError as error:
-        fail(f"the C++ compiler {command!r} does not run ({error.strerror}); {advice}.")
-    if result.returncode != 0:
-        fail(f"the C++ compiler {command!r} does not compile C++20; {advice}.")
-    return command
-
-
-def find_ninja() -> str:
-    """Return the path of ninja: the PyPI package's, else the one on PATH."""
-    if importlib.util.find_spec("ninja") is not None:
-        import ninja
-
-        packaged = shutil.which("ninja", path=ninja.BIN_DIR)
-        if packaged:
-            return packaged
-    found = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
-    if found is None:
-        fail("ninja was not found; run `pip install ninja`.")
-    return found
-
-
-def find_nvcc() -> tuple[str | None, str]:
-    """Return (path of nvcc, "") or (None, the reason why no CUDA library can be built)."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    places = [Path(home) / "bin" for home in homes if home]
-    # A CUDA_HOME that is set is the user's choice: no other nvcc is looked for.
-    search = os.pathsep.join(map(str, places)) if places else None
-    nvcc = shutil.which("nvcc", path=search)
-    if nvcc is None and not places:
-        nvcc = shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc is None:
-        return None, "nvcc was not found in " + (search or "PATH or /usr/local/cuda/bin")
-    said = subprocess.run([nvcc, "--version"], text=True, capture_output=True).stdout
-    release = re.search(r"release (\d+)\.(\d+)", said)
-    if release is None:
-        return None, f"{nvcc} does not tell its version"
-    if (int(release[1]), int(release[2])) < OLDEST_NVCC:
-        oldest = ".".join(map(str, OLDEST_NVCC))
-        return None, f"{nvcc} is {release[1]}.{release[2]} and {oldest} is needed"
-    return nvcc, ""
-
-
 def cuda_sources() -> list[str]:
     """Sources of the CUDA library, relative to the root."""
     return relative("csrc/cuda/*.cu") + relative("csrc/cuda/*.cpp")
 
 
-def plan_cuda(announce: Callable[[str], None]) -> str | None:
-    """Return nvcc's path if the CUDA library is to be built, obeying FSAM_CUDA=auto|1|0."""
-    wish = os.environ.get("FSAM_CUDA", "auto")
-    if wish not in ("auto", "1", "0"):
-        fail(f"FSAM_CUDA={wish!r} is not understood; use auto, 1 or 0.")
-    if wish == "0":
+def wish(variable: str) -> str:
+    """Return what a variable of WISHES asks for, "auto" by default."""
+    said, allowed = os.environ.get(variable, "auto"), WISHES[variable]
+    if said not in allowed:
+        fail(f"{variable}={said!r} is not understood; use {', '.join(allowed[:-1])} or {allowed[-1]}.")
+    return said
+
+
+def is_pure() -> bool:
+    """Whether nothing is to be compiled: FSAM_CPU=0, or no compiler where no library was asked for.
+
+    The reference and Triton's kernels need none, and `python -m fsam_ext.info` tells what is missing. A compiler that
+    is there and fails is an error all the same.
+    """
+    cpu, cuda = wish("FSAM_CPU"), wish("FSAM_CUDA")
+    if cpu == "0" and cuda == "1":
+        fail("FSAM_CUDA=1 asks for the CUDA library, which needs the one that FSAM_CPU=0 leaves out.")
+    if cpu == "0" or cuda == "1" or compiler_command() is not None:
+        return cpu == "0"
+    if cpu == "auto":
+        logging.warning("fsam_ext: installs without compiled kernels: no C++ compiler was found on PATH.")
+    return cpu == "auto"
+
+
+def plan_cuda() -> str | None:
+    """Return nvcc's path if the CUDA library is to be planned, or None with the reason on the screen."""
+    asked = wish("FSAM_CUDA")
+    if asked == "0":
         return None
-    nvcc, reason = find_nvcc()
+    nvcc, reason = find_nvcc(CUDA["OLDEST_NVCC"])
     if not cuda_sources():
         nvcc, reason = None, "there are no CUDA sources in csrc/cuda"
-    if nvcc is None and wish == "1":
+    if nvcc is None and asked == "1":
         fail(f"FSAM_CUDA=1 asks for the CUDA library, but {reason}; install it or use FSAM_CUDA=0.")
     if nvcc is None:
-        announce(f"fsam_ext: builds without the CUDA library: {reason}.")
+        logging.info("fsam_ext: builds without the CUDA library: %s.", reason)
     return nvcc
+
+
+def prerequisites() -> tuple[Torch, str, str, str | None]:
+    """Return torch, the compiler, ninja and nvcc, or end with a sentence on what is missing."""
+    if not sys.platform.startswith("linux"):
+        fail(f"builds on Linux only so far, and this is {sys.platform}.")
+    return Torch.find(), find_compiler(), find_ninja(), plan_cuda()
 
 
 def gencode_flags(requested: str | None, supported: set[str]) -> list[str]:
@@ -195,7 +135,8 @@ def gencode_flags(requested: str | None, supported: set[str]) -> list[str]:
                 fail(f"TORCH_CUDA_ARCH_LIST holds {item!r}; write numbers such as '8.0;9.0+PTX'.")
             wanted.append((parts[1] + parts[2] + parts[3], parts[4] is not None))
     else:
-        known = [code for code in DEFAULT_CUDA_ARCHITECTURES if code in supported]
+        codes = (capability.replace(".", "") for capability in CUDA["ARCHITECTURES"])
+        known = [code for code in codes if code in supported]
         wanted = [(code, code == known[-1]) for code in known]
     flags = []
     for code, ptx in wanted:
@@ -210,46 +151,6 @@ def gencode_flags(requested: str | None, supported: set[str]) -> list[str]:
 def relative(pattern: str) -> list[str]:
     """Glob from the root; relative names keep the path of the build machine out of binaries."""
     return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
-
-
-def escape(path: object) -> str:
-    """Escape a path for a ninja file."""
-    return re.sub(r"([$ :])", r"$\1", str(path))
-
-
-class NinjaFile:
-    """The text of a build.ninja, statement by statement."""
-
-    def __init__(self, build_dir: Path) -> None:
-        self.build_dir = build_dir
-        self.lines = ["# Written by setup.py.", "ninja_required_version = 1.5"]
-        self.lines.append(f"builddir = {escape(build_dir)}")
-
-    def rule(self, name: str, command: str, depfile: bool = False) -> None:
-        """Add a rule; with depfile, the headers that a source includes become dependencies."""
-        self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
-        if depfile:
-            self.lines += ["  depfile = $out.d", "  deps = gcc"]
-
-    def build(self, output: str, rule: str, inputs: list[str], flags: str = "") -> str:
-        """Add one step and return the path of its output."""
-        path = str(self.build_dir / output)
-        self.lines.append(f"build {escape(path)}: {rule} {' '.join(map(escape, inputs))}")
-        if flags:
-            self.lines.append(f"  flags = {flags}")
-        return path
-
-    def write(self) -> Path:
-        """Write the file and return its path."""
-        target = ROOT / self.build_dir / "build.ninja"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("\n".join(self.lines) + "\n")
-        return target
-
-
-def quote(text: object) -> str:
-    """Quote for the shell, inside a ninja command."""
-    return shlex.quote(str(text)).replace("$", "$$")
 
 
 def plan_cpu(ninja: NinjaFile, torch: Torch, compiler: str, sanitize: bool) -> str:
@@ -328,22 +229,28 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         """Build every planned library."""
-        if not sys.platform.startswith("linux"):
-            fail(f"builds on Linux only so far, and this is {sys.platform}.")
+        if wish("FSAM_CPU") == "0":
+            return
         if self.sanitize and self.inplace:
             fail("FSAM_SANITIZE=1 does not build in place; give --build-lib as `make sanitize` does.")
-        torch, compiler, ninja = Torch.find(), find_compiler(), find_ninja()
-        nvcc = None if self.sanitize else plan_cuda(partial(self.announce, level=logging.INFO))
-
-        plan = NinjaFile(Path(self.build_temp))
+        torch, compiler, ninja, nvcc = prerequisites()
+        plan = NinjaFile(ROOT, Path(self.build_temp))
         libraries = {"fsam_ext._C": plan_cpu(plan, torch, compiler, self.sanitize)}
-        if nvcc is not None:
-            libraries["fsam_ext._C_cuda"] = plan_cuda_library(plan, torch, compiler, nvcc)
-        jobs = os.environ.get("MAX_JOBS")
-        command = [ninja, "-f", str(plan.write()), *(["-j", jobs] if jobs else [])]
-        if subprocess.run(command, cwd=ROOT).returncode != 0:
-            fail("the build failed; the compiler's own message is above.")
+        later = {}
+        if nvcc is not None and not self.sanitize:
+            waits = wish("FSAM_CUDA") == "gpu" and not gpu_is_here()
+            (later if waits else libraries)["fsam_ext._C_cuda"] = plan_cuda_library(plan, torch, compiler, nvcc)
+        jobs = [f"-j{count}" for count in os.environ.get("MAX_JOBS", "").split()]
+        with plan.written() as run:
+            if run(ninja, *jobs, *libraries.values()).returncode != 0:
+                fail("the build failed; the compiler's own message is above.")
+            # What waits for a GPU stays as it is where it is up to date.
+            said = {name: run(ninja, "-n", path, capture_output=True).stdout for name, path in later.items()}
+            libraries |= {name: later[name] for name in said if "no work to do" in said[name]}
+            self.put(libraries)
 
+    def put(self, libraries: dict[str, str]) -> None:
+        """Copy the libraries to their places, and remove those of earlier builds that are not among them."""
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             if extension.name in libraries:
@@ -354,14 +261,23 @@ class NinjaBuild(build_ext):
         self.extensions = [e for e in self.extensions if e.name in libraries]
 
 
+class CheckedInfo(dist_info):
+    """`dist_info`, which pip asks for before it downloads what we require: gigabytes, where torch is missing."""
+
+    def run(self) -> None:
+        """Say what the build will miss now, not after the download."""
+        prerequisites()
+        super().run()
+
+
 if __name__ == "__main__":
-    setup(
-        # The sources are ninja's business; setuptools has to know the names, and that the wheel is
-        # not pure.
-        ext_modules=[
-            Extension("fsam_ext._C", sources=[], py_limited_api=True),
-            Extension("fsam_ext._C_cuda", sources=[], py_limited_api=True, optional=True),
-        ],
-        cmdclass={"build_ext": NinjaBuild},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    )
+    # The sources are ninja's business; setuptools has to know the names, and that the wheel is not pure.
+    extensions = [
+        Extension("fsam_ext._C", sources=[], py_limited_api=True),
+        Extension("fsam_ext._C_cuda", sources=[], py_limited_api=True, optional=True),
+    ]
+    commands = {"build_ext": NinjaBuild, "dist_info": CheckedInfo}
+    options = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    if is_pure():
+        extensions, commands, options = [], {"build_ext": NinjaBuild}, {}
+    setup(ext_modules=extensions, cmdclass=commands, options=options)

@@ -11,9 +11,14 @@ import torch
 LIBRARY_DIR = Path(os.environ.get("FSAM_LIBRARY_DIR") or Path(__file__).parent)
 
 
+def path_of(name: str) -> Path:
+    """Where ``{name}.abi3.so`` lies if it was built."""
+    return LIBRARY_DIR / f"{name}.abi3.so"
+
+
 def load(name: str) -> str | None:
     """Loads ``{name}.abi3.so``; returns None, or the reason why it cannot be used."""
-    path = LIBRARY_DIR / f"{name}.abi3.so"
+    path = path_of(name)
     if not path.exists():
         return f"{path} does not exist: it was not built"
     try:

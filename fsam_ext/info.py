@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from . import _library, backends
+from . import _cuda_matrix, _library, backends
 from ._version import __version__
 from .step import held
 
@@ -60,6 +60,18 @@ def _missing(device: torch.device) -> str | None:
     return None
 
 
+def _advice(device: torch.device) -> list[str]:
+    """How to get the libraries that are not there and that ``device`` would use, one sentence each."""
+    again = "and install fsam_ext from its source again, or install its wheel."
+    needed = []
+    if not _library.path_of("_C").exists():
+        needed.append(f"The compiled kernels are missing: install g++ 11 or clang++ 14 or later {again}")
+    if device.type == "cuda" and torch.version.hip is None and not _library.path_of("_C_cuda").exists():
+        oldest = ".".join(map(str, _cuda_matrix.OLDEST_NVCC))
+        needed.append(f"The CUDA library is missing: install a CUDA toolkit with nvcc {oldest} or later {again}")
+    return needed
+
+
 def report(device: torch.device) -> tuple[str, bool]:
     """Returns the table of backends for ``device``, and whether one of them serves it."""
     wish = os.environ.get("FSAM_BACKEND") or None
@@ -97,6 +109,7 @@ def report(device: torch.device) -> tuple[str, bool]:
         lines.append(f"No backend serves {device}.")
     else:
         lines.append(f"{device} is served by '{serving}'.")
+    lines += _advice(device)
     return "\n".join(lines), serving is not None
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fsam_ext"
 
 # From the ground up: an arrow runs from a floor to one below it, or stays on its own.
 FLOORS = (
-    ("_version", "_library"),
+    ("_version", "_library", "_cuda_matrix"),
     ("backends",),
     ("state",),
     ("step",),

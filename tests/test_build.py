@@ -1,39 +1,26 @@
 """What the build promises: stable-ABI binaries that round alike on every ISA, packages that are
-complete, rebuilds of what changed and nothing else, and sentences where it cannot build."""
+complete, rebuilds of what changed and nothing else."""
 
+import fcntl
 import os
 import platform
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from .building import ROOT, SETUP, checked, no_compiler, run
+
 LIBRARIES = sorted((ROOT / "fsam_ext").glob("_C*.abi3.so"))
-SETUP = runpy.run_path(str(ROOT / "setup.py"))
 
 x86_64 = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"),
     reason="other machines have the baseline ISA only",
 )
-
-
-def run(command, **options):
-    """Run a command and return its completed process, output as text."""
-    return subprocess.run(list(map(str, command)), text=True, capture_output=True, **options)
-
-
-def checked(command, **options):
-    """Run a command that has to succeed and return what it printed."""
-    result = run(command, **options)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 # The binaries
@@ -119,100 +106,6 @@ def test_no_newer_instruction_outside_the_leaf_loops_of_its_isa(functions):
     assert [name for name, body in elsewhere.items() if newer.search(body)] == []
 
 
-# Sentences instead of tracebacks
-
-BLOCKED = "import runpy, sys; sys.modules['torch'] = None; sys.argv[0] = 'setup.py'; "
-BLOCKED += "runpy.run_path('setup.py', run_name='__main__')"
-
-
-def build_fails(tmp_path, *, interpreter=("setup.py",), arguments=(), **environment):
-    """Start a build that has to fail and return the sentence it ends with."""
-    where = arguments or ("--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib")
-    command = [sys.executable, *interpreter, "-q", "build_ext", *where]
-    result = run(command, cwd=ROOT, env={**os.environ, **environment})
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "lib").exists()
-    sentence = result.stderr.strip().splitlines()[-1]
-    assert sentence.startswith("fsam_ext: ") and sentence.endswith(".")
-    return sentence
-
-
-def test_missing_torch_says_what_to_install(tmp_path):
-    sentence = build_fails(tmp_path, interpreter=("-c", BLOCKED))
-    assert "torch is not installed" in sentence and "pip install 'torch>=2.10'" in sentence
-
-
-@pytest.mark.parametrize("version", ["2.9", "1.13", None])
-def test_torch_too_old_says_so(tmp_path, version):
-    # As strings 2.9 would come after 2.10.
-    header = tmp_path / "torch/include/torch/headeronly/version.h"
-    header.parent.mkdir(parents=True)
-    (tmp_path / "torch/__init__.py").touch()
-    if version:
-        major, minor = version.split(".")
-        header.write_text(f"#define TORCH_VERSION_MAJOR {major}\n#define TORCH_VERSION_MINOR {minor}\n")
-    sentence = build_fails(tmp_path, PYTHONPATH=str(tmp_path))
-    assert "torch 2.10 or later is needed" in sentence and (version or "an older one") in sentence
-
-
-def test_compiler_that_does_not_exist_is_named(tmp_path):
-    sentence = build_fails(tmp_path, CXX="no-such-compiler")
-    assert "'no-such-compiler' does not run" in sentence and "install g++" in sentence
-
-
-def test_compiler_without_cpp20_is_named(tmp_path):
-    old = tmp_path / "old-compiler"
-    old.write_text("#!/bin/sh\necho \"unrecognized option '-std=c++20'\" >&2\nexit 1\n")
-    old.chmod(0o755)
-    sentence = build_fails(tmp_path, CXX=str(old))
-    assert "does not compile C++20" in sentence and "install g++" in sentence
-
-
-def test_cuda_asked_for_where_there_is_no_nvcc(tmp_path):
-    sentence = build_fails(tmp_path, FSAM_CUDA="1", CUDA_HOME=str(tmp_path))
-    assert "FSAM_CUDA=1" in sentence and "FSAM_CUDA=0" in sentence
-
-
-def test_unknown_fsam_cuda_is_named(tmp_path):
-    assert "FSAM_CUDA='yes'" in build_fails(tmp_path, FSAM_CUDA="yes")
-
-
-def test_sanitizers_never_replace_the_library_in_the_tree(tmp_path):
-    before = LIBRARIES[0].read_bytes()
-    sentence = build_fails(tmp_path, arguments=("--inplace",), FSAM_SANITIZE="1")
-    assert "FSAM_SANITIZE=1 does not build in place" in sentence
-    assert LIBRARIES[0].read_bytes() == before
-
-
-# CUDA architectures
-
-SUPPORTED = {"75", "80", "86", "89", "90"}
-
-
-def test_requested_architectures_become_nvcc_flags():
-    assert SETUP["gencode_flags"]("8.0;9.0a 8.6+PTX", SUPPORTED) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_86,code=sm_86",
-        "-gencode=arch=compute_86,code=compute_86",
-    ]
-
-
-def test_default_architectures_are_those_nvcc_knows_and_ptx_of_the_last():
-    flags = SETUP["gencode_flags"](None, SUPPORTED)
-    assert [flag.split("=")[-1] for flag in flags] == [
-        *("sm_75", "sm_80", "sm_86", "sm_90"),
-        "compute_90",
-    ]
-
-
-@pytest.mark.parametrize("wrong", ["Ampere", "80", "8.0+SASS", "5.0"])
-def test_unusable_architecture_is_named(wrong):
-    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
-        SETUP["gencode_flags"](wrong, SUPPORTED)
-
-
 # Rebuilds and packages. A copy of the tree takes the objects along, so that only what is out of
 # date is compiled.
 
@@ -227,7 +120,7 @@ def tree(tmp_path_factory):
     """A built copy of the source tree."""
     target = tmp_path_factory.mktemp("copy") / "fsam ext"  # a path with a space has to do
     target.mkdir()
-    for name in ("csrc", "docs", "fsam_ext", "tests"):
+    for name in ("build_tools", "csrc", "docs", "fsam_ext", "tests"):
         unwanted = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, target / name, ignore=unwanted)
     for path in ROOT.iterdir():
@@ -238,9 +131,9 @@ def tree(tmp_path_factory):
     return target
 
 
-def setup(directory, *arguments):
-    """Run setup.py without CUDA, which would take minutes here."""
-    environment = {**os.environ, "FSAM_CUDA": "0"}
+def setup(directory, *arguments, **environment):
+    """Run setup.py without CUDA, which would take minutes here, unless it is asked for."""
+    environment = {**os.environ, "FSAM_CUDA": "0", **environment}
     return checked([sys.executable, "setup.py", "-q", *arguments], cwd=directory, env=environment)
 
 
@@ -266,6 +159,93 @@ def test_an_edited_header_rebuilds_what_includes_it(tree):
     assert "no work to do" in checked(ninja, cwd=tree)
 
 
+def test_two_builds_at_once_go_one_after_the_other(tree):
+    """build_tools/ninja.py, NOTE [one build at a time]: each leaves a log that knows every header."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = {**os.environ, "FSAM_CUDA": "0"}
+    source = tree / "csrc/schema.cpp"
+    with (tree / "build/ninja/lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        source.touch()
+        builds = [
+            subprocess.Popen(command, cwd=tree, env=environment, text=True, stdout=-1, stderr=-1) for _ in range(2)
+        ]
+        for build in builds:
+            assert "another build runs in" in build.stderr.readline()
+            assert build.poll() is None
+    said = [build.communicate()[0] for build in builds]
+    assert [build.returncode for build in builds] == [0, 0]
+    assert sum("cxx build/ninja/csrc/schema.cpp.o" in text for text in said) == 1
+    assert sum("no work to do" in text for text in said) == 1
+    deps = checked([SETUP["find_ninja"](), "-f", "build/ninja/build.ninja", "-t", "deps"], cwd=tree)
+    assert "#deps 0" not in deps and "csrc/schema.cpp.o: #deps" in deps
+
+
+def without_gpu_or_nvcc(folder):
+    """A toolkit whose nvcc knows its options and compiles nothing but notes, for a machine without a GPU."""
+    nvcc = folder / "bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    return {"CUDA_HOME": str(folder), "FSAM_CUDA": "gpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+# It writes its inputs' names into its output, and the dependencies that ninja reads.
+NVCC = """#!/bin/sh
+case "$1" in
+    --version) echo "Cuda compilation tools, release 13.0, V13.0.1"; exit;;
+    --list-gpu-code) echo "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"; exit;;
+    --help) exit;;
+esac
+while [ $# -gt 0 ]; do
+    case "$1" in
+        -o) echo compiled > "$2"; out="$2"; shift;;
+        -MF) echo "x: csrc/formulas.h" > "$2"; shift;;
+    esac
+    shift
+done
+"""
+
+
+def test_without_a_gpu_the_cuda_library_stays_only_while_it_is_up_to_date(tree, tmp_path):
+    """FSAM_CUDA=gpu, as the demos build."""
+    library = tree / "fsam_ext/_C_cuda.abi3.so"
+    toolkit = without_gpu_or_nvcc(tmp_path / "cuda")
+    build = ("build_ext", "--inplace")
+    try:
+        assert "_C_cuda" not in setup(tree, *build, **toolkit)
+        assert not library.exists()  # there was none: none is compiled
+        setup(tree, *build, **{**toolkit, "FSAM_CUDA": "1"})
+        assert library.read_text() == "compiled\n"
+        setup(tree, *build, **toolkit)
+        assert library.read_text() == "compiled\n"  # up to date: it stays
+        os.utime(tree / "csrc/cuda/driver.cpp")
+        assert "_C_cuda" not in setup(tree, *build, **toolkit)
+        assert not library.exists()  # it might not fit the schema any more
+    finally:
+        shutil.rmtree(tree / "build/ninja/csrc/cuda")
+        library.unlink(missing_ok=True)
+
+
+def test_without_a_compiler_the_wheel_is_pure_python(tree, tmp_path):
+    said = run(
+        [sys.executable, "setup.py", "bdist_wheel", "--dist-dir", tmp_path],
+        cwd=tree,
+        env={**os.environ, **no_compiler(tmp_path), "FSAM_CUDA": "auto"},
+    )
+    assert said.returncode == 0, said.stderr
+    assert "without compiled kernels: no C++ compiler was found" in said.stdout + said.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path / "site")
+        assert not any(name.endswith(".so") for name in file.namelist())
+    compiled = {**os.environ, "TRITON_INTERPRET": "0"}  # as a user has it
+    info = checked([sys.executable, "-m", "fsam_ext.info", "--device", "cpu"], cwd=tmp_path / "site", env=compiled)
+    assert "cpu is served by 'reference'" in info
+    assert "The compiled kernels are missing: install g++ 11 or clang++ 14 or later" in info
+
+
 def test_the_sdist_builds_the_wheel_and_the_wheel_works(tree, tmp_path):
     setup(tree, "sdist", "--dist-dir", tmp_path)
     (archive,) = tmp_path.glob("fsam_ext-*.tar.gz")
@@ -275,7 +255,7 @@ def test_the_sdist_builds_the_wheel_and_the_wheel_works(tree, tmp_path):
         tar.extractall(tmp_path)
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
     assert sources <= names
-    assert {"setup.py", "pyproject.toml", "Makefile", "tests/test_build.py"} <= names
+    assert {"setup.py", "pyproject.toml", "Makefile", "build_tools/find.py", "tests/test_build.py"} <= names
     assert not any(name.endswith((".so", ".o", ".pyc")) for name in names)
 
     unpacked = tmp_path / archive.name.removesuffix(".tar.gz")

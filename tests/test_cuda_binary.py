@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from bench import cuda_check, gpu_model
-from fsam_ext import _library
+from fsam_ext import _cuda_matrix, _library
 from fsam_ext.backends import ops
 
 LIBRARY = _library.LIBRARY_DIR / "_C_cuda.abi3.so"
-ARCHITECTURES = {"75", "80", "86", "90", "100", "120"}
+ARCHITECTURES = {capability.replace(".", "") for capability in _cuda_matrix.ARCHITECTURES}
 # Three sizes of table; norm (plain, adaptive), perturbation, average, restore, SGD, Adam: for float64, for float32
 # (averages of three types, or none), for each 16-bit type (masters, too); a sum_slots for each of the four;
 # and a count_steps for each type of state. One size of table for what reuses gradients: dots and project, averages that

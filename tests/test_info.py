@@ -71,6 +71,20 @@ def test_a_wish_that_cannot_be_met_serves_nothing(monkeypatch, capsys):
     assert "FSAM_BACKEND=nonsense names no backend" in printed and "No backend serves cpu" in printed
 
 
+def test_it_says_how_to_get_what_is_missing(monkeypatch, tmp_path):
+    kernels, library = "The compiled kernels are missing: install g++", "The CUDA library is missing: install a CUDA"
+    there = info.describe("cpu")
+    assert "missing" not in there
+    monkeypatch.setattr(_library, "LIBRARY_DIR", tmp_path)
+    assert kernels in info.describe("cpu") and library not in info.describe("cpu")
+    assert (
+        kernels in info.describe("cuda") and library in info.describe("cuda") and "nvcc 12.1" in info.describe("cuda")
+    )
+    (tmp_path / "_C.abi3.so").touch()
+    assert "missing" not in info.describe("cpu")
+    assert kernels not in info.describe("cuda") and library in info.describe("cuda")
+
+
 def test_versions_head_the_table():
     first = info.describe("cpu").splitlines()[0]
     assert __version__ in first and torch.__version__ in first and "cpu" in first

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from .. import _library
+from .. import _cuda_matrix, _library
 from . import ops, reference
 
 logger = logging.getLogger("fsam_ext")
 
-# Of the architectures that setup.py has nvcc compile for.
-OLDEST_CAPABILITY = (7, 5)
+OLDEST_CAPABILITY = min(tuple(map(int, one.split("."))) for one in _cuda_matrix.ARCHITECTURES)
 
 # NOTE [no silent fallback]
 # What was asked for is what runs, or an error says why it cannot. Without a wish, the fastest backend that is there

@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -30,7 +27,6 @@ def _setup() -> ModuleType:
     """setup.py as a module: how this project finds its tools and writes build files."""
     spec = importlib.util.spec_from_file_location("fsam_ext_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -39,7 +35,6 @@ def _build(output: str, sources: list[str], link: str, sanitize: bool) -> Path:
     setup = _setup()
     torch, compiler = setup.Torch.find(), setup.find_compiler()
     directory = Path("build/cuda_emulation" + ("_sanitized" if sanitize else "")) / Path(output).stem
-    (ROOT / directory).parent.mkdir(parents=True, exist_ok=True)
     mode = SANITIZED if sanitize else PLAIN
     flags = (
         f"-std=c++20 {mode} {setup.NUMERICS} -Wall -Wextra -Wno-unknown-pragmas "
@@ -47,15 +42,13 @@ def _build(output: str, sources: list[str], link: str, sanitize: bool) -> Path:
         f"-DFSAM_NAMESPACE={NAMESPACE} -DFSAM_BLOCKS_TO_SPARE=4 "
         f"-I{setup.quote(HERE / 'include')} -isystem {setup.quote(torch.include)}"
     )
-    ninja = setup.NinjaFile(directory)
+    ninja = setup.NinjaFile(ROOT, directory)
     ninja.rule("cxx", f"{compiler} {flags} -MD -MF $out.d -x c++ -c $in -o $out", depfile=True)
     ninja.rule("link", f"{compiler} -pthread {mode} -o $out $in {link.format(torch=setup.quote(torch.lib))}")
     objects = [ninja.build(f"{source}.o", "cxx", [source]) for source in sources]
     built = ninja.build(output, "link", objects)
-    with (ROOT / directory).with_suffix(".lock").open("w") as lock:  # other test processes may want the same
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        command = [setup.find_ninja(), "-f", str(ninja.write()), "-j", "2"]
-        result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    with ninja.written() as run:  # other test processes may want the same
+        result = run(setup.find_ninja(), "-j2", capture_output=True)
     if result.returncode != 0:
         raise RuntimeError(f"{output} does not build:\n{result.stdout}{result.stderr}")
     return ROOT / built
