@@ -37,7 +37,7 @@ CPP          = $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-gpt test test-frameworks frameworks house build lint format bench bench-full cuda-check gpu-check \
+.PHONY: help demo demo-gpt test test-frameworks frameworks house build docs lint format bench bench-full cuda-check gpu-check \
         sanitize wheel wheel-check install-check clean FORCE
 
 help: ## this list
@@ -70,7 +70,6 @@ house: $(VENV)/.extra-dev ## the plan of the package in figures, and an interrup
 build: $(VENV)/.extra-build ## build the extension in the source tree
 	$(BUILD) --inplace
 
-.PHONY: docs
 docs: $(VENV)/.extra-docs ## build the site into build/docs; a warning is an error
 	$(PY) -m sphinx -q -j auto -W --keep-going -n -b html docs build/docs
 	@echo "build/docs/index.html"
