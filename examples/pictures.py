@@ -98,7 +98,6 @@ def _frame(axes: Any) -> None:
 
 def accuracy_against_passes(axes: Any, finished: Finished, legend: bool = True) -> None:
     """What a unit of compute buys: a line for each way of spending it, from the plain run on."""
-    rhos = sorted({run.rho for run, _ in finished if run.rho is not None})
     lines: dict[tuple[str, float | None], list[Finished]] = {}
     plain: dict[float | None, Finished] = {}
     for runs in by_label(finished).values():
@@ -111,8 +110,9 @@ def accuracy_against_passes(axes: Any, finished: Finished, legend: bool = True) 
     for (kind, rho), members in lines.items():
         if kind in ("every", "reuse") and rho in plain:  # where both begin
             members = [plain[rho], *members]
-        name = _name_of_line(kind, members) + (f", rho {rho:g}" if len(rhos) > 1 and rho is not None else "")
-        style = LINES[rhos.index(rho) % len(LINES)] if rho is not None else "-"
+        rhos = rhos_of(finished, members[0][0][0].method)
+        name = _name_of_line(kind, members) + (f", rho {rho:g}" if len(rhos) > 1 else "")
+        style = LINES[rhos.index(rho) % len(LINES)] if rhos else "-"
         marks += _line(axes, kind, style, name, members)
     for passes, accuracy, run in marks:
         if run.every != 1:
@@ -131,6 +131,11 @@ def accuracy_against_passes(axes: Any, finished: Finished, legend: bool = True) 
     if legend:
         axes.set_title("What a pass buys")
         _legend_below(axes)
+
+
+def rhos_of(finished: Finished, method: str) -> list[float]:
+    """The rhos that a method has been run with, in order."""
+    return sorted({run.rho for run, _ in finished if run.method == method and run.rho is not None})
 
 
 def _name_of_line(kind: str, members: list[Finished]) -> str:

@@ -276,7 +276,7 @@ def test_the_convolutional_net_sees_each_batch_once_in_its_statistics(tmp_path):
     import fashion_mnist
 
     options = ["--dataset", "digits", "--arch", "cnn", "--method", "base", "sam", "fsam", "--noise", "0.2"]
-    few = ["--every", "--longer", "--reuse", "5:0.3", "--backend", "reference", "--epochs", "1"]
+    few = ["--every", "--longer", "--reuse", "5:0.3", "--rho", "0.2", "--backend", "reference", "--epochs", "1"]
     assert fashion_mnist.main([*options, *few, "--out", str(tmp_path)]) == 0
     names = ("base", "sam-rho0.2", "fsam-rho0.2", "fsam-rho0.2-every-5-reuse-0.3")
     for name in names:
