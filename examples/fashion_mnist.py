@@ -218,6 +218,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
             parser.set_defaults(**json.loads(saved.read_text()))
         except FileNotFoundError:
             parser.error(f"--resume: there is no run in {options.out} (no {saved})")
+        except ValueError:
+            parser.error(f"--resume: {saved} is not what this demo writes: leave out --resume to start afresh")
         options = parser.parse_args(argv)
     return parser, options
 
