@@ -22,7 +22,7 @@ FOUND = {
     ("mlp", 0.4): {"tuned": Setting(0.01, 5e-3), "sam": Setting(0.05, 5e-4, 0.2), "fsam": Setting(0.05, 5e-4, 0.2)},
     ("cnn", 0.0): {"tuned": PLAIN["sgd"], "sam": Setting(0.05, 5e-4, 0.1), "fsam": Setting(0.05, 5e-4, 0.1)},
     ("cnn", 0.2): {"tuned": PLAIN["sgd"], "sam": Setting(0.05, 5e-4, 0.1), "fsam": Setting(0.05, 5e-4, 0.1)},
-    ("cnn", 0.4): {"tuned": PLAIN["sgd"], "sam": Setting(0.05, 5e-4, 0.1), "fsam": Setting(0.05, 5e-4, 0.1)},
+    ("cnn", 0.4): {"tuned": Setting(0.05, 2e-2), "sam": Setting(0.05, 5e-4, 0.2), "fsam": Setting(0.05, 5e-3, 0.1)},
 }
 
 
