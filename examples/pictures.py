@@ -56,15 +56,18 @@ def draw_side_by_side(regimes: Sequence[Finished], path: Path) -> None:
     """Accuracy against passes for several noises, each with an axis of accuracy of its own."""
     plt = _pyplot()
     plt.rcParams["font.size"] = 9
-    figure, axes = plt.subplots(1, len(regimes), figsize=(3.2 * len(regimes), 4), layout="constrained", squeeze=False)
+    panels = len(regimes)
+    figure, axes = plt.subplots(1, panels, figsize=(0.4 + 3.1 * panels, 4.6), layout="constrained", squeeze=False)
     for ax, finished in zip(axes[0], regimes, strict=True):
         accuracy_against_passes(ax, finished, legend=False)
         ax.set_title(describe(finished), fontsize="medium")
         _frame(ax)
     for ax in axes[0, 1:]:
         ax.set_ylabel("")
-    handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    fullest_first = sorted(axes[0], key=lambda ax: len(ax.containers), reverse=True)
+    labelled = [pair for ax in fullest_first for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in labelled}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=panels, frameon=False)
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
@@ -107,7 +110,7 @@ def accuracy_against_passes(axes: Any, finished: Finished, legend: bool = True) 
         if family(run) != "average":  # as many passes as without
             lines.setdefault((family(run), run.rho), []).append(runs)
     marks: list[tuple[float, float, Run]] = []
-    for (kind, rho), members in lines.items():
+    for (kind, rho), members in sorted(lines.items(), key=lambda line: list(COLOURS).index(line[0][0])):
         if kind in ("every", "reuse") and rho in plain:  # where both begin
             members = [plain[rho], *members]
         rhos = rhos_of(finished, members[0][0][0].method)
