@@ -7,7 +7,7 @@
     python examples/fashion_mnist.py --arch cnn --noise 0.2
     python examples/fashion_mnist.py --resume      after Ctrl-C
 
-This file is the command line and the order of things; data.py, models.py, training.py, sharpness.py,
+This file is the command line and the order of things; data.py, models.py, settings.py, training.py, sharpness.py,
 report.py and pictures.py do the work. docs/demo.md shows the results and says what they mean.
 """
 
@@ -19,6 +19,7 @@ import os
 import shlex
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import pictures
 import report
 import torch
 from models import ARCHITECTURES
+from settings import Setting, settings
 from tqdm import tqdm
 from training import (
     AVERAGES,
@@ -44,10 +46,6 @@ from training import (
     Trainer,
     build_optimizer,
 )
-
-# What the methods share, as (lr, weight decay); "tuned" is what makes SGD alone do well here.
-DEFAULTS = {"sgd": (0.05, 5e-4), "adam": (1e-3, 5e-4), "adamw": (1e-3, 5e-2)}
-TUNED_SGD = (0.01, 5e-3)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -117,8 +115,7 @@ def add_runs(group: Any) -> None:
         "--rho",
         nargs="+",
         type=float,
-        default=[0.2],
-        help="radius of the perturbation (default: 0.2)",
+        help="radius of the perturbation, of sam and fsam (default: each one's own for the net and the noise)",
     )
     group.add_argument(
         "--sigma",
@@ -131,16 +128,15 @@ def add_runs(group: Any) -> None:
     group.add_argument(
         "--lr",
         type=float,
-        help="learning rate of all but tuned (default: 0.05 for sgd, else 0.001)",
+        help="learning rate of all but tuned (default: 0.05 for base, 0.001 where it is not sgd; sam's and fsam's own)",
     )
-    group.add_argument("--weight-decay", type=float, help="likewise (default: 5e-4, adamw 5e-2)")
+    group.add_argument("--weight-decay", type=float, help="likewise (default: 5e-4, adamw 5e-2; sam's and fsam's own)")
     group.add_argument(
         "--tuned",
         nargs=2,
         type=float,
-        default=TUNED_SGD,
         metavar=("LR", "DECAY"),
-        help="learning rate and weight decay of tuned (default: 0.01 5e-3)",
+        help="learning rate and weight decay of tuned (default: what a search found for the net and the noise)",
     )
 
 
@@ -222,31 +218,52 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
             parser.set_defaults(**json.loads(saved.read_text()))
         except FileNotFoundError:
             parser.error(f"--resume: there is no run in {options.out} (no {saved})")
+        except ValueError:
+            parser.error(f"--resume: {saved} is not what this demo writes: leave out --resume to start afresh")
         options = parser.parse_args(argv)
     return parser, options
 
 
+def one_pass(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is set in the runs without ascents: the base optimizer, SGD that is tuned, and both with more epochs."""
+    chosen = settings(options.base, options.arch, options.noise)
+    base, tuned = given(options, chosen["base"]), chosen["tuned"][:2]
+    tuned = tuple(options.tuned) if options.tuned else tuned
+    pairs = {"base": base[:2]} if "base" in options.method else {}
+    if "tuned" in options.method and options.base == "sgd" and tuned not in pairs.values():
+        pairs["tuned"] = tuned
+    variants = [{"method": method, "lr": lr, "weight_decay": decay} for method, (lr, decay) in pairs.items()]
+    return variants + [{**variant, "longer": times} for times in options.longer for variant in variants]
+
+
+def ascending(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is set in the runs of SAM and F-SAM, rho by rho."""
+    chosen = settings(options.base, options.arch, options.noise)
+    variants: list[dict[str, Any]] = []
+    rhos = dict.fromkeys(options.rho) if options.rho else [None]
+    for rho, method in product(rhos, [method for method in ("sam", "fsam") if method in options.method]):
+        lr, weight_decay, own_rho = given(options, chosen[method])
+        plain = {"method": method, "lr": lr, "weight_decay": weight_decay, "backend": options.backend}
+        plain["rho"] = own_rho if rho is None else rho
+        changes: list[dict[str, Any]] = [{}]
+        if method == "fsam":
+            plain |= {"sigma": options.sigma, "lmbda": options.lmbda}
+            changes += [{name: value} for name in ("every", "last", "average") for value in getattr(options, name)]
+            changes += [{"every": steps, "reuse": share} for steps, share in options.reuse]
+        variants += [{**plain, **change} for change in changes]
+    return variants
+
+
+def given(options: argparse.Namespace, setting: Setting) -> Setting:
+    """The setting, but where the command says otherwise."""
+    lr = setting.lr if options.lr is None else options.lr
+    weight_decay = setting.weight_decay if options.weight_decay is None else options.weight_decay
+    return setting._replace(lr=lr, weight_decay=weight_decay)
+
+
 def plan(options: argparse.Namespace, dataset: str) -> list[Run]:
     """Every run asked for, seed by seed, so that an unfinished table is a table of fewer seeds."""
-    lr, weight_decay = DEFAULTS[options.base]
-    lr = lr if options.lr is None else options.lr
-    weight_decay = weight_decay if options.weight_decay is None else options.weight_decay
     epochs = options.epochs or ARCHITECTURES[options.arch].epochs
-    variants: list[dict] = []
-    if "base" in options.method:
-        variants.append({"method": "base", "lr": lr, "weight_decay": weight_decay})
-    if "tuned" in options.method and options.base == "sgd":
-        variants.append({"method": "tuned", "lr": options.tuned[0], "weight_decay": options.tuned[1]})
-    variants += [{**variant, "longer": times} for times in options.longer for variant in variants]
-    for rho in dict.fromkeys(options.rho):
-        shared = {"lr": lr, "weight_decay": weight_decay, "rho": rho, "backend": options.backend}
-        if "sam" in options.method:
-            variants.append({"method": "sam", **shared})
-        if "fsam" in options.method:
-            fsam = {"method": "fsam", "sigma": options.sigma, "lmbda": options.lmbda, **shared}
-            changes = [{name: value} for name in ("every", "last", "average") for value in getattr(options, name)]
-            changes += [{"every": steps, "reuse": share} for steps, share in options.reuse]
-            variants += [fsam, *({**fsam, **change} for change in changes)]
     runs = [
         Run(
             dataset=dataset,
@@ -259,7 +276,7 @@ def plan(options: argparse.Namespace, dataset: str) -> list[Run]:
             **variant,
         )
         for seed in range(options.seeds)
-        for variant in variants
+        for variant in one_pass(options) + ascending(options)
     ]
     return list(dict.fromkeys(runs))  # --every 1 asks for the plain run again
 

@@ -56,15 +56,18 @@ def draw_side_by_side(regimes: Sequence[Finished], path: Path) -> None:
     """Accuracy against passes for several noises, each with an axis of accuracy of its own."""
     plt = _pyplot()
     plt.rcParams["font.size"] = 9
-    figure, axes = plt.subplots(1, len(regimes), figsize=(3.2 * len(regimes), 4), layout="constrained", squeeze=False)
+    panels = len(regimes)
+    figure, axes = plt.subplots(1, panels, figsize=(0.4 + 3.1 * panels, 4.6), layout="constrained", squeeze=False)
     for ax, finished in zip(axes[0], regimes, strict=True):
         accuracy_against_passes(ax, finished, legend=False)
         ax.set_title(describe(finished), fontsize="medium")
         _frame(ax)
     for ax in axes[0, 1:]:
         ax.set_ylabel("")
-    handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    fullest_first = sorted(axes[0], key=lambda ax: len(ax.containers), reverse=True)
+    labelled = [pair for ax in fullest_first for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in labelled}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=panels, frameon=False)
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
 
@@ -98,7 +101,6 @@ def _frame(axes: Any) -> None:
 
 def accuracy_against_passes(axes: Any, finished: Finished, legend: bool = True) -> None:
     """What a unit of compute buys: a line for each way of spending it, from the plain run on."""
-    rhos = sorted({run.rho for run, _ in finished if run.rho is not None})
     lines: dict[tuple[str, float | None], list[Finished]] = {}
     plain: dict[float | None, Finished] = {}
     for runs in by_label(finished).values():
@@ -108,11 +110,12 @@ def accuracy_against_passes(axes: Any, finished: Finished, legend: bool = True) 
         if family(run) != "average":  # as many passes as without
             lines.setdefault((family(run), run.rho), []).append(runs)
     marks: list[tuple[float, float, Run]] = []
-    for (kind, rho), members in lines.items():
+    for (kind, rho), members in sorted(lines.items(), key=lambda line: list(COLOURS).index(line[0][0])):
         if kind in ("every", "reuse") and rho in plain:  # where both begin
             members = [plain[rho], *members]
-        name = _name_of_line(kind, members) + (f", rho {rho:g}" if len(rhos) > 1 and rho is not None else "")
-        style = LINES[rhos.index(rho) % len(LINES)] if rho is not None else "-"
+        rhos = rhos_of(finished, members[0][0][0].method)
+        name = _name_of_line(kind, members) + (f", rho {rho:g}" if len(rhos) > 1 else "")
+        style = LINES[rhos.index(rho) % len(LINES)] if rhos else "-"
         marks += _line(axes, kind, style, name, members)
     for passes, accuracy, run in marks:
         if run.every != 1:
@@ -131,6 +134,11 @@ def accuracy_against_passes(axes: Any, finished: Finished, legend: bool = True) 
     if legend:
         axes.set_title("What a pass buys")
         _legend_below(axes)
+
+
+def rhos_of(finished: Finished, method: str) -> list[float]:
+    """The rhos that a method has been run with, in order."""
+    return sorted({run.rho for run, _ in finished if run.method == method and run.rho is not None})
 
 
 def _name_of_line(kind: str, members: list[Finished]) -> str:

@@ -2,8 +2,8 @@
 
     python examples/regimes.py runs/clean runs/noise20 runs/noise40 --picture passes.svg
 
-Accuracy, its difference from F-SAM in each step with the same seed, and the top eigenvalue; figures are means over the
-seeds that have every row, with their standard errors.
+Accuracy, its difference from F-SAM in each step with the same seed, the top eigenvalue, and the settings; figures are
+means over the seeds that have every row, with their standard errors.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ import report
 from report import Estimate, Finished, by_label
 
 
-def rho_of(finished: Finished) -> float | None:
-    """The rho of all runs that have one, or None where they differ."""
-    rhos = {run.rho for run, _ in finished if run.rho is not None}
-    return rhos.pop() if len(rhos) == 1 else None
-
-
 def rows(finished: Finished) -> dict[str, Finished]:
-    """The runs by label; without rho where that is one for all, so that regimes with other rhos share rows."""
-    rho = rho_of(finished)
-    named = f" rho {rho:g}" if rho is not None else ""
-    return {label.replace(named, ""): runs for label, runs in by_label(finished).items()}
+    """The runs by label; without a method's rho where it has one only, so that regimes with other rhos share rows."""
+    groups = {}
+    for label, runs in by_label(finished).items():
+        run = runs[0][0]
+        alone = len(pictures.rhos_of(finished, run.method)) == 1
+        groups[label.replace(f" rho {run.rho:g}", "") if alone else label] = runs
+    return groups
 
 
-def head(finished: Finished) -> str:
-    rho = rho_of(finished)
-    return pictures.describe(finished) + (f", rho {rho:g}" if rho is not None else "")
+def setting(label: str, regime: dict[str, Finished]) -> str:
+    """Learning rate, weight decay and rho; those of what has a change are its method's."""
+    run = regime[label][0][0]
+    rho = "" if run.rho is None else f", {run.rho:g}"
+    return "" if run.change else f"{run.lr:g}, {run.weight_decay:g}{rho}"
 
 
 def from_fsam(label: str, regime: dict[str, Finished]) -> str:
@@ -50,19 +49,21 @@ TABLES = {
     "test accuracy %": mean(".2f", lambda result: 100 * result.test_accuracy),
     "points more than F-SAM in each step, paired by seed": from_fsam,
     "top eigenvalue": mean(".2f", lambda result: result.top_eigenvalue),
+    "learning rate, weight decay, rho": setting,
 }
 
 
 def table(title: str, cell: Callable[[str, dict[str, Finished]], str], regimes: Sequence[Finished]) -> str:
-    """One figure for every row and regime, in Markdown; passes are those of the first regime that has the row."""
+    """One figure for every row that has any, in Markdown; passes are those of the first regime that has the row."""
     columns = [rows(finished) for finished in regimes]
     longest_first = sorted(columns, key=len, reverse=True)
     labels = list(dict.fromkeys(label for column in longest_first for label in column))
-    lines = [[title, "passes a step", *map(head, regimes)]]
+    lines = [[title, "passes a step", *map(pictures.describe, regimes)]]
     for label in labels:
         first = next(column[label] for column in columns if label in column)
-        cells = (cell(label, column) if label in column else "" for column in columns)
-        lines.append([label, report.passes(first), *cells])
+        cells = [cell(label, column) if label in column else "" for column in columns]
+        if any(cells):
+            lines.append([label, report.passes(first), *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join(

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,25 +50,33 @@ def complete(finished: Finished) -> Finished:
 def paired_differences(finished: Finished) -> dict[str, list[float]]:
     """ "a - b" -> differences of test accuracy, in points, one for each seed that has both.
 
-    F-SAM is compared with SAM, what has a change with the same without, and what reuses a gradient also with what has
-    as few passes and does not. Paired, because a seed fixes subset, label noise, initial weights and batch order for
-    both.
+    F-SAM is compared with SAM (of the same rho; where both have one only, whatever it is), what has a change with the
+    same without, and what reuses a gradient also with what has as few passes and does not. Paired, because a seed fixes
+    subset, label noise, initial weights and batch order for both.
     """
     accuracy = {run: result.test_accuracy for run, result in finished}
     differences: dict[str, list[float]] = {}
     for run, value in accuracy.items():
-        for other in _compared_with(run):
+        for other in _compared_with(run, accuracy):
             if other in accuracy:
                 differences.setdefault(f"{run.label} - {other.label}", []).append(100 * (value - accuracy[other]))
     return differences
 
 
-def _compared_with(run: Run) -> list[Run]:
+def _compared_with(run: Run, runs: Collection[Run]) -> list[Run]:
     if run.reuse is not None:
         return [without_changes(run), dataclasses.replace(run, reuse=None)]
     if run.change:
         return [without_changes(run)]
-    return [dataclasses.replace(run, method="sam", sigma=None, lmbda=None)] if run.method == "fsam" else []
+    return _sam_beside(run, runs) if run.method == "fsam" else []
+
+
+def _sam_beside(run: Run, runs: Collection[Run]) -> list[Run]:
+    """The SAM that a plain F-SAM has beside it."""
+    beside = [other for other in runs if other.seed == run.seed and not other.change]
+    sams = [other for other in beside if other.method == "sam"]
+    alone = len(sams) == 1 == sum(other.method == "fsam" for other in beside)
+    return sams if alone else [other for other in sams if other.rho == run.rho]
 
 
 def without_changes(run: Run) -> Run:

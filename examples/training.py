@@ -204,12 +204,13 @@ class Trainer:
         """Continues from a checkpoint; ``OtherSettings`` where it was written under other ones."""
         state = torch.load(path, map_location=self.run.device, weights_only=True)
         asked, written = dataclasses.asdict(self.run), dataclasses.asdict(Run(**state["run"]))
-        for name, value in asked.items():
-            if written[name] != value:
-                raise OtherSettings(
-                    f"{path} was written with {name}={written[name]}, but this command says "
-                    f"{name}={value}: leave out --resume, or give the options of the first run"
-                )
+        others = [name for name in asked if asked[name] != written[name]]
+        if others:
+            was, now = (", ".join(f"{name}={run[name]}" for name in others) for run in (written, asked))
+            raise OtherSettings(
+                f"{path} was written with {was}, but this command says {now}: leave out --resume, or give the options "
+                "of the first run"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

@@ -181,20 +181,6 @@ def test_a_second_interrupt_does_not_wait():
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    import dataclasses
-
-    import data
-    import training
-
-    run = training.Run("digits", "base", 0, "sgd", 0.05, 5e-4, 3, 0.4)
-    digits = data.load("digits")
-    training.Trainer(run, digits).save(tmp_path / "run.pt")
-    other = training.Trainer(dataclasses.replace(run, lr=0.1), digits)
-    with pytest.raises(training.OtherSettings, match=r"lr=0\.05.*lr=0\.1"):
-        other.load(tmp_path / "run.pt")
-
-
 # ---- the command ------------------------------------------------------------------------------
 
 
@@ -276,7 +262,7 @@ def test_the_convolutional_net_sees_each_batch_once_in_its_statistics(tmp_path):
     import fashion_mnist
 
     options = ["--dataset", "digits", "--arch", "cnn", "--method", "base", "sam", "fsam", "--noise", "0.2"]
-    few = ["--every", "--longer", "--reuse", "5:0.3", "--backend", "reference", "--epochs", "1"]
+    few = ["--every", "--longer", "--reuse", "5:0.3", "--rho", "0.2", "--backend", "reference", "--epochs", "1"]
     assert fashion_mnist.main([*options, *few, "--out", str(tmp_path)]) == 0
     names = ("base", "sam-rho0.2", "fsam-rho0.2", "fsam-rho0.2-every-5-reuse-0.3")
     for name in names:
@@ -357,6 +343,31 @@ def test_bad_options_are_refused_in_one_sentence(options, sentence, tmp_path, mo
     *_, last = capsys.readouterr().err.splitlines()
     assert sentence in last
     assert not (tmp_path / "out").exists()
+
+
+def test_a_resume_of_another_run_is_refused_in_one_sentence(tmp_path, capsys):
+    import fashion_mnist
+
+    options = ["--dataset", "digits", "--out", str(tmp_path), "--method", "base", "--longer", "--epochs", "1"]
+    assert fashion_mnist.main(options) == 0
+
+    def refusal(*others: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            fashion_mnist.main(["--out", str(tmp_path), "--resume", *others])
+        assert stopped.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    checkpoint = tmp_path / "checkpoints" / "base-seed0.pt"
+    before = checkpoint.read_bytes()
+    for option, was, now in (("arch", "mlp", "cnn"), ("noise", "0.4", "0.2"), ("lr", "0.05", "0.3"), ("epochs", 1, 2)):
+        sentence = f"base-seed0.pt was written with {option}={was}, but this command says {option}={now}: leave out"
+        assert sentence in refusal(f"--{option}", str(now))
+    assert "epochs=1, noise=0.4, but this command says epochs=3, noise=0.1" in refusal(
+        "--epochs", "3", "--noise", "0.1"
+    )
+    (tmp_path / "options.json").write_text("{")
+    assert "options.json is not what this demo writes" in refusal()
+    assert checkpoint.read_bytes() == before
 
 
 def test_a_fresh_start_keeps_the_checkpoints_of_the_run_before(tmp_path, capsys):

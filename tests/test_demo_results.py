@@ -41,6 +41,25 @@ def test_paired_differences_and_standard_errors():
     assert "F-SAM rho 0.2 - SAM rho 0.2  +2.00 ± 0.58" in report.table(runs)
 
 
+def test_methods_with_a_rho_of_their_own_are_compared_and_share_rows_and_lines(tmp_path, capsys):
+    import pictures
+    import regimes
+    import report
+
+    runs = finished("sam", [0.5, 0.6], rho=0.2, lr=0.01) + finished("fsam", [0.51, 0.63], rho=0.1)
+    assert report.paired_differences(runs) == {"F-SAM rho 0.1 - SAM rho 0.2": pytest.approx([1, 3])}
+    report.write_csv(runs, tmp_path)
+    assert regimes.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "| SAM " in said and "| F-SAM " in said and " rho 0" not in said
+    assert "0.01, 0.0005, 0.2" in said and "0.05, 0.0005, 0.1" in said
+    plt = pictures._pyplot()
+    figure, axes = plt.subplots()
+    pictures.accuracy_against_passes(axes, runs)
+    assert [container.get_label() for container in axes.containers] == ["SAM", "F-SAM"]
+    plt.close(figure)
+
+
 def test_reuse_is_compared_with_all_ascents_and_with_none_reused():
     import report
 
@@ -115,13 +134,13 @@ def test_regimes_side_by_side(tmp_path, capsys):
         report.write_csv(runs, tmp_path / name)
     picture = tmp_path / "passes.svg"
     assert regimes.main([str(tmp_path / "clean"), str(tmp_path / "noisy"), "--picture", str(picture)]) == 0
-    accuracy, difference, eigenvalue, _ = capsys.readouterr().out.split("\n\n")
+    accuracy, difference, eigenvalue, settings, _ = capsys.readouterr().out.split("\n\n")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in accuracy.splitlines()]
     assert cells[0] == [
         "test accuracy %",
         "passes a step",
-        "clean labels, 2 seeds, rho 0.1",
-        "40% wrong labels, 2 seeds, rho 0.2",
+        "clean labels, 2 seeds",
+        "40% wrong labels, 2 seeds",
     ]
     assert cells[2:] == [
         ["SGD", "1.00", "60.00 ± 10.00", "60.00 ± 10.00"],
@@ -130,6 +149,13 @@ def test_regimes_side_by_side(tmp_path, capsys):
     ]
     assert "-15.00 ± 5.00" in difference and "-5.00 ± 5.00" in difference
     assert "2.00 ± 0.00" in eigenvalue
+    # What has nothing to say has no line: F-SAM beside itself, and the settings of what differs by a change only.
+    assert [line.strip("| ").split("  ")[0] for line in difference.splitlines()[2:]] == [
+        "SGD",
+        "F-SAM, every 5, reuse 0.3",
+    ]
+    assert "| F-SAM " in settings and "reuse" not in settings
+    assert settings.split("0.05, 0.0005, 0.1 |")[1].split() == ["0.05,", "0.0005,", "0.2", "|"]
     drawn = picture.read_bytes()
     assert b"40% wrong labels" in drawn
     regimes.main([str(tmp_path / "clean"), str(tmp_path / "noisy"), "--picture", str(picture)])
@@ -144,11 +170,36 @@ def test_regimes_side_by_side(tmp_path, capsys):
     assert f"{tmp_path} has no seed with every row" in capsys.readouterr().err
 
 
+def planned(*options: str) -> dict[str, tuple[float, float, float | None]]:
+    """What the runs of a command would train with."""
+    import fashion_mnist
+
+    few = ["--every", "--reuse", "--longer"]
+    runs = fashion_mnist.plan(fashion_mnist.build_parser().parse_args([*few, *options]), "digits")
+    return {run.method: (run.lr, run.weight_decay, run.rho) for run in runs}
+
+
+def test_settings_are_those_found_for_the_net_and_the_nearest_noise():
+    from settings import FOUND
+
+    for (arch, noise), found in FOUND.items():
+        expected = {"base": (0.05, 5e-4, None), **{method: tuple(setting) for method, setting in found.items()}}
+        if expected["tuned"] == expected["base"]:  # where nothing is better, there is no second row of the same
+            del expected["tuned"]
+        assert planned("--arch", arch, "--noise", str(noise)) == expected
+        assert planned("--arch", arch, "--noise", str(noise + 0.05)) == expected
+    assert planned("--noise", "0", "--method", "tuned") == {"tuned": (0.05, 5e-4, None)}
+    asked = planned("--noise", "0.2", "--lr", "0.3", "--weight-decay", "0", "--tuned", "0.4", "1e-5", "--rho", "0.7")
+    assert asked == {"base": (0.3, 0, None), "tuned": (0.4, 1e-5, None), "sam": (0.3, 0, 0.7), "fsam": (0.3, 0, 0.7)}
+    rho = FOUND["cnn", 0.2]["fsam"].rho
+    assert planned("--arch", "cnn", "--noise", "0.2", "--base", "adamw")["fsam"] == (1e-3, 5e-2, rho)
+
+
 def test_the_search_asks_every_method_the_same(monkeypatch, capsys):
     import search
     import training
 
-    runs = search.runs("digits", "mlp", 0.4, 1, ["base", "sam", "fsam"])
+    runs = search.plan(search.build_parser().parse_args([]), "digits")
     asked = {}
     for run in runs:
         asked.setdefault((run.method, run.rho), []).append((run.lr, run.weight_decay))
@@ -162,6 +213,14 @@ def test_the_search_asks_every_method_the_same(monkeypatch, capsys):
     accuracies = [float(row.split()[-1]) for row in rows]
     assert len(rows) == len(search.LEARNING_RATES) * len(search.WEIGHT_DECAYS)
     assert best.startswith("best for base: lr ") and best.endswith(f"({max(accuracies):.2f} %)")
+
+    # What is asked in part is part of the same search.
+    again = ["--arch", "cnn", "--method", "base", "--epochs", "1", "--lr", "0.05", "--weight-decay", "5e-3"]
+    assert search.main(["--dataset", "digits", *again]) == 0
+    assert capsys.readouterr().out.splitlines()[1] in rows
+    with pytest.raises(SystemExit):
+        search.main(["--dataset", "digits", "--rho", "-1"])
+    assert "rho must be" in capsys.readouterr().err.splitlines()[-1]
 
     monkeypatch.setattr(search, "TRAIN_SIZE", 1000)
     with pytest.raises(SystemExit):
