@@ -4,9 +4,9 @@
 // With many small tensors a step's time is their way from Python: a third of a microsecond for each tensor and list of
 // each op call, and as much again for each look whether a gradient is still where it was. So an optimizer's segment may
 // `hold` its parameters once. The ops then take empty lists and the segment's `offsets`, under which the parameters are
-// held; the gradients are those that the parameters have at the time of the call. Nothing is trusted to have stayed as
-// it was: each pass looks whether a parameter still has the form that the flat state was laid out for, and what no look
-// has found is read anew in every call, as it is from lists.
+// held; the gradients are those that the last look found, or else those that the parameters have at the time of the
+// call. Nothing is trusted to have stayed as it was: each pass looks whether a parameter still has the form that the
+// flat state was laid out for, and what no look has found is read anew in every call, as it is from lists.
 //
 // NOTE [a look serves a pass]
 // To read a tensor's shape, dtype and address costs as much as the kernel does on a small one, and a pass would do it
@@ -23,7 +23,8 @@
 
 namespace fsam {
 
-// What a look has found, for the ops: NOTE [a look serves a pass].
+// What a look has found, for the ops: NOTE [a look serves a pass]. Plain data, as HeldParameters is, where Arguments
+// (op_arguments.h) are not.
 struct Found {
   const Row* rows;  // with gradients that lie in the order of their parameters
   int64_t chunks, numel, flat_numel;
