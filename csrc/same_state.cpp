@@ -1,9 +1,11 @@
 // Whether an optimizer's ``state``, a dict of dicts, holds just the objects that it held before, and each tensor lies
-// where it did: fsam_ext/state/ownership.py, NOTE [identity, never equality]. Called through ctypes, with the GIL held.
+// where it did: fsam_ext/state/watch.py, NOTE [identity, never equality]. Called through ctypes, with the GIL held.
+#include <array>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
-#include "tensor_list.h"
+#include "threads.h"
 
 // All that is needed of CPython, from its stable ABI. The process that loads this library has it; one that does not,
 // such as a C++ test, never calls.
@@ -13,78 +15,92 @@ using PyObject = _object;
 __attribute__((weak)) int PyDict_Next(PyObject* dict, intptr_t* position, PyObject** key, PyObject** value);
 }
 
+// What ``state`` held: watch.py has the same struct.
+struct FsamKnownState {
+  int64_t entries;
+  PyObject* const* keys;      // of each entry
+  const int64_t* starts;      // of each entry's objects, and where the last one's end
+  PyObject* const* contents;  // the names and values of each entry, in turn
+  int64_t tensors;            // of those values that lie somewhere
+  int64_t words;              // that tell where a tensor lies: watch.py, NOTE [a place is words of an object]
+  const uint64_t* const* objects;
+  uint64_t* places;  // what was noted of each
+};
+
 namespace fsam {
 namespace {
 
-// Address, shape and strides as one number.
-uint64_t place_of(AtenTensorHandle tensor) {
-  void* data = nullptr;
-  int64_t dimensions = 0, *sizes = nullptr, *strides = nullptr;
-  if (aoti_torch_get_data_ptr(tensor, &data) != AOTI_TORCH_SUCCESS ||
-      aoti_torch_get_dim(tensor, &dimensions) != AOTI_TORCH_SUCCESS)
-    return 0;
-  uint64_t mixed = reinterpret_cast<uint64_t>(data);
-  if (dimensions == 0) return mixed;
-  if (aoti_torch_get_sizes(tensor, &sizes) != AOTI_TORCH_SUCCESS ||
-      aoti_torch_get_strides(tensor, &strides) != AOTI_TORCH_SUCCESS)
-    return 0;
-  const auto mix = [&](int64_t number) { mixed = (mixed ^ static_cast<uint64_t>(number)) * 0x9E3779B97F4A7C15; };
-  for (int64_t i = 0; i < dimensions; ++i) {
-    mix(sizes[i]);
-    mix(strides[i]);
-  }
-  return mixed;
+// Entries or tensors; fewer are not worth waking a thread for.
+constexpr int64_t kPerTask = 256;
+
+// Powers of an odd number: small changes of several words do not cancel each other.
+constexpr auto kFactors = [] {
+  std::array<uint64_t, 20> powers{0x9E3779B97F4A7C15};
+  for (size_t i = 1; i < powers.size(); ++i) powers[i] = powers[i - 1] * powers[0];
+  return powers;
+}();
+
+// Some words as one number. None of the products waits for another.
+uint64_t mixed(const uint64_t* words, int64_t count) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += words[i] * kFactors[i];
+  return sum;
 }
 
-// NOTE [tensors are fetched ahead]: the link to its storage is the third word of a tensor's object.
-void fetch_storage(AtenTensorHandle tensor) {
-  __builtin_prefetch(reinterpret_cast<const char* const*>(object_of(tensor))[2]);
-}
-
-// Whether each tensor is where it was noted to be.
-bool same_places(const AtenTensorHandle* tensors, int64_t count, const uint64_t* places) {
-  constexpr int64_t kAhead = kFetchedAhead;
-  std::atomic<bool> same = true;
-  for_tensors(count, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      if (i + 3 * kAhead < last) __builtin_prefetch(tensors[i + 3 * kAhead]);
-      if (i + 2 * kAhead < last) fetch(tensors[i + 2 * kAhead]);
-      if (i + kAhead < last) fetch_storage(tensors[i + kAhead]);
-      if (places[i] != place_of(tensors[i])) return same.store(false, std::memory_order_relaxed);
-    }
+// Whether holds(i) is true of each i below `size`.
+template <class Holds>
+bool all(int64_t size, const Holds& holds) {
+  std::atomic<bool> result = true;
+  for_parts(size, kPerTask, false, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      if (!holds(i, last)) return result.store(false, std::memory_order_relaxed);
   });
-  return same;
+  return result;
 }
 
-// Whether `state` holds the objects that it held.
-bool same_objects(PyObject* state, const uint64_t* known, int64_t count) {
-  const uint64_t* const end = known + count;
-  const auto is_next = [&](PyObject* object) { return known != end && reinterpret_cast<uint64_t>(object) == *known++; };
-  PyObject *key, *entry, *name, *value;
-  for (intptr_t i = 0; PyDict_Next(state, &i, &key, &entry);) {
-    if (!is_next(key)) return false;
+// Whether each tensor lies where and how it was noted to.
+bool same_places(const FsamKnownState& known) {
+  // They lie far apart, and a thread that asks for them early waits for many at once.
+  constexpr int64_t kAhead = 32, kLine = 64 / sizeof(uint64_t);
+  return all(known.tensors, [&known](int64_t i, int64_t last) {
+    if (i + kAhead < last)
+      for (int64_t word = 0; word < known.words + kLine; word += kLine)  // they begin anywhere in a line
+        __builtin_prefetch(known.objects[i + kAhead] + word);
+    return known.places[i] == mixed(known.objects[i], known.words);
+  });
+}
+
+// Whether `state` holds the objects that it held. Threads that do not hold the GIL may read what nobody can change
+// while the one that holds it waits for them.
+bool same_objects(PyObject* state, const FsamKnownState& known) {
+  std::vector<PyObject*> entries;
+  entries.reserve(known.entries);
+  PyObject *key, *entry;
+  for (intptr_t i = 0; PyDict_Next(state, &i, &key, &entry); entries.push_back(entry))
+    if (int64_t(entries.size()) == known.entries || key != known.keys[entries.size()]) return false;
+  if (int64_t(entries.size()) != known.entries) return false;
+  return all(known.entries, [&](int64_t i, int64_t) {
+    auto next = known.contents + known.starts[i], end = known.contents + known.starts[i + 1];
+    PyObject *name, *value;
     // An entry that is no dict has nothing that counts: nothing is next in it.
-    for (intptr_t j = 0; PyDict_Next(entry, &j, &name, &value);)
-      if (!is_next(name) || !is_next(value)) return false;
-  }
-  return known == end;
+    for (intptr_t j = 0; PyDict_Next(entries[i], &j, &name, &value); next += 2)
+      if (next == end || name != next[0] || value != next[1]) return false;
+    return next == end;
+  });
 }
 
 }  // namespace
 }  // namespace fsam
 
 extern "C" {
-// Notes where tensors lie; `tensors` are the addresses of at::Tensors.
-__attribute__((visibility("default"))) void fsam_note_places(const AtenTensorHandle* tensors, int64_t count,
-                                                             uint64_t* places) {
-  for (int64_t i = 0; i < count; ++i) places[i] = fsam::place_of(tensors[i]);
+// Notes where tensors lie.
+__attribute__((visibility("default"))) void fsam_note_state(const FsamKnownState* known) {
+  for (int64_t i = 0; i < known->tensors; ++i) known->places[i] = fsam::mixed(known->objects[i], known->words);
 }
 
-// `known`: the address of each key, followed by those of the names and values of its entry. `tensors`: of those values
-// that lie somewhere, and `places` what was noted of them. They are looked at only where the objects are the same.
-__attribute__((visibility("default"))) int fsam_same_state(PyObject* state, const uint64_t* known, int64_t count,
-                                                           const AtenTensorHandle* tensors, int64_t tensor_count,
-                                                           const uint64_t* places, int in_place) {
-  return fsam::same_objects(state, known, count) && (!in_place || fsam::same_places(tensors, tensor_count, places));
+// Tensors are looked at only where the objects are the same.
+__attribute__((visibility("default"))) int fsam_holds_state(PyObject* state, const FsamKnownState* known,
+                                                            int in_place) {
+  return fsam::same_objects(state, *known) && (!in_place || fsam::same_places(*known));
 }
 }

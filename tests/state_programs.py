@@ -241,7 +241,7 @@ TENSOR_EDITS = (
     a_view_of_a_larger_tensor,
 )
 
-# Those that count from the next step on where they are made between two passes: fsam_ext/state/ownership.py, NOTE [one
+# Those that count from the next step on where they are made between two passes: fsam_ext/state/watch.py, NOTE [one
 # look at places a step].
 SEEN_BY_THE_NEXT_STEP = (given_other_memory_with_the_old_one_kept, transposed_over_its_memory)
 

@@ -20,8 +20,8 @@ from .. import backends
 from ..backends.capture import check_state_may_be_made
 from ..state import entries, keys, shards
 from ..state.flat_state import FlatState, Kind
-from ..state.ownership import Watch
 from ..state.tensors import check_disjoint, check_gradient, check_kept, check_parameter, is_uninitialized, name_of
+from ..state.watch import Watch
 from .base_update import FusedBase
 from .held import swaps
 from .segments import Segment, same_objects

@@ -282,7 +282,7 @@ class Passes:
     # ---- What both share -------------------------------------------------------------------------------------------
 
     def _participants(self, groups: list[dict[str, Any]], state: Any, in_place: bool) -> list[Participant]:
-        """Who takes part; ``in_place``: ownership.py, NOTE [one look at places a step]."""
+        """Who takes part; ``in_place``: watch.py, NOTE [one look at places a step]."""
         while (found := self.layout.current(groups, state, in_place)) is None:
             self.layout.check(groups, state)
             self.restore_weights(groups)  # while it is known how what was perturbed lay
