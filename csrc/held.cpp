@@ -5,10 +5,12 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 
 #include "library.h"
 #include "op_arguments.h"
+#include "words.h"
 
 namespace fsam {
 namespace {
@@ -20,27 +22,23 @@ const void* address_of(AtenTensorHandle tensor) {
   return layout == aoti_torch_layout_strided() ? ListedTensor(tensor).data_ptr() : nullptr;
 }
 
-// Where a parameter's gradient lies.
-struct Gradient {
-  AtenTensorHandle handle;
-  const void* address = nullptr;
-  // Whether there is one whose values can be read from memory as they are. One that a subclass holds, that is zero
-  // without memory, or whose sign is yet to be changed goes to the ops in a list, where the dispatcher makes it plain.
-  bool plain = false;
+// Whether a gradient's values can be read from its memory as they are. One that a subclass holds, that is zero without
+// memory, or whose sign is yet to be changed goes to the ops in a list, where the dispatcher makes it plain.
+bool is_plain(AtenTensorHandle grad) {
+  return (address_of(grad) || ListedTensor(grad).numel() == 0) && !fsam_is_negated(grad);
+}
 
-  explicit Gradient(AtenTensorHandle param) : handle(grad_of(param)) {
-    if (handle == nullptr) return;
-    address = address_of(handle);
-    plain = (address || ListedTensor(handle).numel() == 0) && !fsam_is_negated(handle);
-  }
-};
+// Whether an op may read a gradient as it lies.
+bool is_as_needed(ListedTensor param, ListedTensor grad) {
+  return layout_of(grad) == aoti_torch_layout_strided() && dtype_of(grad) == dtype_of(param) &&
+         Place{param.is_cpu(), param.get_device_index()}.holds(grad) && same_sizes(param, grad) &&
+         same_order(param, grad);
+}
 
 // Where a parameter and its gradient lie.
 struct Addresses {
   const void* param;
   const void* grad;
-
-  bool operator==(const Addresses&) const = default;
 };
 
 // What the flat state was laid out for: dtype, device, sizes and strides of each tensor, one after the other.
@@ -54,18 +52,11 @@ class Forms {
     });
   }
 
-  // A walk over the tensors in the order in which they were added, from the one numbered `first` on.
-  class Walk {
-   public:
-    Walk(const Forms& forms, int64_t first) : next_(forms.numbers_.data() + forms.starts_[first]) {}
-    // Whether the next tensor has the form it had.
-    bool holds(ListedTensor tensor) {
-      return visit(tensor, [this](int64_t number) { return number == *next_++; });
-    }
-
-   private:
-    const int64_t* next_;
-  };
+  // Whether a tensor has the form that the one added as number i had.
+  bool holds(size_t i, ListedTensor tensor) const {
+    const int64_t* next = numbers_.data() + starts_[i];
+    return visit(tensor, [&next](int64_t number) { return number == *next++; });
+  }
 
  private:
   // The number of dimensions comes before sizes and strides, so a walk never reads beyond a form.
@@ -89,11 +80,14 @@ class Held {
     addresses_.reserve(params_.size());
     for (size_t i = 0; i < params_.size(); ++i) {
       const AtenTensorHandle param = params_[i].get();
-      addresses_.push_back({address_of(param), Gradient(param).address});
+      const AtenTensorHandle grad = grad_of(param);
+      addresses_.push_back({address_of(param), grad ? address_of(grad) : nullptr});
       forms_.add(params_[i]);
       grads_.push_back(fsam_grad_of(object_of(param)));
     }
     view_ = {params_.data(), grads_.data(), params_.size()};
+    seen_.resize(params_.size());
+    if (!params_.empty()) words_ = FormWords(params_[0]);
     if (offsets.numel() == int64_t(params_.size())) lay_out(offsets);
   }
   Held(const Held&) = delete;
@@ -103,23 +97,21 @@ class Held {
 
   bool have_their_forms(bool in_place) {
     forget();
-    return all([this, in_place](size_t i, Forms::Walk& form) {
+    return all([this, in_place](size_t i) {
       if (i + kFetchedAhead < params_.size()) fetch(params_[i + kFetchedAhead].get());
-      return (!in_place || address_of(params_[i].get()) == addresses_[i].param) && form.holds(params_[i]);
+      return (!in_place || address_of(params_[i].get()) == addresses_[i].param) && forms_.holds(i, params_[i]);
     });
   }
 
   bool have_grads() {
     forget();
     std::atomic<bool> as_needed = !arguments_.table.rows.empty();
-    const bool result = all([&](size_t i, Forms::Walk& form) {
-      view_.fetch_ahead(i);
-      const Gradient grad(params_[i].get());
-      if (!grad.plain || params_[i].data_ptr() != addresses_[i].param || !form.holds(params_[i])) return false;
-      if (!as_needed.load(std::memory_order_relaxed)) return true;
-      if (is_as_needed(params_[i], ListedTensor(grad.handle))) {
-        arguments_.table.rows[i].grad = grad.address;
-        TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(grad.handle, kept_[i]));
+    const bool result = all([&](size_t i) {
+      const auto grad = look(i);
+      if (!grad || !as_needed.load(std::memory_order_relaxed)) return grad.has_value();
+      if (grad->is_as_needed) {
+        arguments_.table.rows[i].grad = grad->address;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(grad->handle, kept_[i]));
       } else {
         as_needed.store(false, std::memory_order_relaxed);
       }
@@ -132,12 +124,9 @@ class Held {
 
   bool in_place() {
     forget();
-    return all([this](size_t i, Forms::Walk& form) {
-      view_.fetch_ahead(i);
-      const AtenTensorHandle param = params_[i].get();
-      const Gradient grad(param);
-      return grad.plain && Addresses{address_of(param), grad.address} == addresses_[i] && form.holds(params_[i]) &&
-             same_sizes(params_[i], ListedTensor(grad.handle)) && same_order(params_[i], ListedTensor(grad.handle));
+    return all([this](size_t i) {
+      const auto grad = look(i);
+      return grad && grad->is_as_needed && grad->address == addresses_[i].grad;
     });
   }
 
@@ -178,20 +167,36 @@ class Held {
   }
   void let_go(size_t i) { TORCH_ERROR_CODE_CHECK(aoti_torch_assign_tensors(kept_.back(), kept_[i])); }
 
-  // Whether an op may read a gradient as it lies.
-  bool is_as_needed(ListedTensor param, ListedTensor grad) const {
-    return layout_of(grad) == aoti_torch_layout_strided() && dtype_of(grad) == arguments_.dtype &&
-           arguments_.place.holds(grad) && same_sizes(param, grad) && same_order(param, grad);
+  // A gradient that was found.
+  struct Gradient {
+    AtenTensorHandle handle;
+    const void* address;
+    bool is_as_needed;
+  };
+  // The gradient of parameter i; nothing where that has none that is plain, or is not what and where it was.
+  std::optional<Gradient> look(size_t i) {
+    view_.fetch_ahead(i);
+    const ListedTensor param = params_[i];
+    const AtenTensorHandle grad = grad_of(param.get());
+    if (!grad) return {};
+    const uint64_t words = words_.of(param.get(), grad);
+    if (words != 0 && words == seen_[i]) {
+      const void* address = ListedTensor(grad).data_ptr();
+      if (address && param.data_ptr() == addresses_[i].param) return Gradient{grad, address, true};
+    }
+    if (!is_plain(grad) || address_of(param.get()) != addresses_[i].param || !forms_.holds(i, param)) return {};
+    const bool as_needed = is_as_needed(param, ListedTensor(grad));
+    if (as_needed) seen_[i] = words;
+    return Gradient{grad, address_of(grad), as_needed};
   }
 
-  // Whether holds(i, form) is true of each tensor.
+  // Whether holds(i) is true of each tensor.
   template <class Holds>
   bool all(const Holds& holds) const {
     std::atomic<bool> result = true;
     for_tensors(params_.size(), [&](int64_t first, int64_t last) {
-      Forms::Walk form(forms_, first);
       for (int64_t i = first; i < last; ++i)
-        if (!holds(i, form)) return result.store(false, std::memory_order_relaxed);
+        if (!holds(i)) return result.store(false, std::memory_order_relaxed);
     });
     return result;
   }
@@ -199,6 +204,9 @@ class Held {
   TensorList params_;
   std::vector<Addresses> addresses_;
   Forms forms_;
+  FormWords words_;
+  std::vector<uint64_t>
+      seen_;  // of each parameter and a gradient that an op may read: NOTE [a form is words of an object]
   std::vector<AtenTensorHandle> grads_;
   Arguments arguments_;  // empty where an op would refuse the parameters
   Found found_{};

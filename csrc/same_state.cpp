@@ -1,11 +1,11 @@
 // Whether an optimizer's ``state``, a dict of dicts, holds just the objects that it held before, and each tensor lies
 // where it did: fsam_ext/state/watch.py, NOTE [identity, never equality]. Called through ctypes, with the GIL held.
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <vector>
 
 #include "threads.h"
+#include "words.h"
 
 // All that is needed of CPython, from its stable ABI. The process that loads this library has it; one that does not,
 // such as a C++ test, never calls.
@@ -32,20 +32,6 @@ namespace {
 
 // Entries or tensors; fewer are not worth waking a thread for.
 constexpr int64_t kPerTask = 256;
-
-// Powers of an odd number: small changes of several words do not cancel each other.
-constexpr auto kFactors = [] {
-  std::array<uint64_t, 20> powers{0x9E3779B97F4A7C15};
-  for (size_t i = 1; i < powers.size(); ++i) powers[i] = powers[i - 1] * powers[0];
-  return powers;
-}();
-
-// Some words as one number. None of the products waits for another.
-uint64_t mixed(const uint64_t* words, int64_t count) {
-  uint64_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += words[i] * kFactors[i];
-  return sum;
-}
 
 // Whether holds(i) is true of each i below `size`.
 template <class Holds>

@@ -53,6 +53,53 @@ def three_threads():
     torch.set_num_threads(before)
 
 
+def with_new_grad(make):
+    """An edit that gives a parameter what is made of its gradient."""
+
+    def edit(param):
+        grad, param.grad = param.grad, None
+        param.grad_dtype = None  # any
+        param.grad = make(grad)
+
+    return edit
+
+
+def with_new_data(make):
+    def edit(param):
+        param.data = make(param.data)
+
+    return edit
+
+
+def reversed_order(tensor):
+    """Equal values in another order of memory."""
+    dims = range(tensor.dim())[::-1]
+    return tensor.permute(*dims).contiguous().permute(*dims) if tensor.dim() else tensor.clone()
+
+
+EDITS_OF_FORMS = {
+    "nothing": lambda param: None,
+    "another gradient": with_new_grad(torch.clone),
+    "a gradient in another order": with_new_grad(reversed_order),
+    "a gradient with gaps": with_new_grad(lambda grad: torch.stack([grad, grad], dim=-1)[..., 0]),
+    "a gradient with its sign to be changed": with_new_grad(torch._neg_view),
+    "no memory": with_new_grad(lambda grad: torch._efficientzerotensor(grad.shape)),
+    "a gradient of another dtype": with_new_grad(lambda grad: grad.double()),
+    "the gradient's memory as another dtype": with_new_grad(lambda grad: grad.view(torch.int32)),
+    "a sparse gradient": with_new_grad(lambda grad: grad.to_sparse()),
+    "a part of the gradient": lambda param: setattr(param.grad, "data", param.grad.data[:1]) if param.dim() else None,
+    "no gradient": lambda param: setattr(param, "grad", None),
+    "the gradient transposed in place": lambda param: param.grad.transpose_(0, -1) if param.dim() else None,
+    "the gradient's memory let go": lambda param: param.grad.untyped_storage().resize_(0),
+    "other weights": with_new_data(torch.clone),
+    "weights in another order": with_new_data(reversed_order),
+    "the weights' memory as another dtype": with_new_data(lambda data: data.view(torch.complex32)),
+    "the weights' memory let go": lambda param: param.untyped_storage().resize_(0),
+    "the weights transposed in place": lambda param: param.data.transpose_(0, -1) if param.dim() else None,
+    "one dimension more": lambda param: param.data.unsqueeze_(0),
+}
+
+
 @pytest.mark.parametrize("look", LOOKS)
 class TestLook:
     def test_have_grads(self, look):
@@ -127,6 +174,43 @@ class TestLook:
             loss.backward()
 
 
+@pytest.mark.parametrize("edit", EDITS_OF_FORMS)
+@pytest.mark.parametrize("shape", ((), (0,), (3, 3), (2, 1, 3), (3, 3, 3), (2, 3, 1, 2, 3), (3, 2, 1, 2, 3, 3)))
+@pytest.mark.parametrize("order", ("contiguous", "first dimensions swapped"))
+def test_what_a_look_remembers_is_found_out(edit, shape, order):
+    """It knows the forms that it found in order. One that has found nothing yet says and does the same of each edit."""
+    torch.manual_seed(len(shape))
+    param = Parameter(torch.randn(shape))
+    param.grad = torch.randn(shape)
+    if order != "contiguous" and len(shape) > 1:
+        param.data, param.grad.data = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (param.data, param.grad))
+    first = Parameter(torch.ones(2))  # in whose object the words are looked up
+    first.grad = torch.ones(2)
+    keys = [32 * key(2) for _ in range(2)]
+    looks = fresh, looked = [held.look_at([first, param], one) for one in keys]
+    for _ in range(2):
+        assert looked.have_grads() and looked.in_place()
+    EDITS_OF_FORMS[edit](param)
+    for ask in ("in_place", "have_grads", "in_place", "have_grads"):
+        assert getattr(looked, ask)() == getattr(fresh, ask)()
+    if not looked.have_grads():
+        return
+    data, results = param.data.clone(), []
+    for look, offsets in zip(looks, keys, strict=True):
+        with torch.no_grad():
+            param.data.copy_(data)
+        look.have_grads()
+        try:
+            BACKENDS["cpu"]().restore_sgd([], [], offsets, *[None] * 5, 0.5, None, 0.0, 0.0, 0.0, False, False, None)
+        except RuntimeError as error:
+            assert edit not in ("nothing", "another gradient", "a gradient in another order"), error
+            results.append(str(error))
+        else:
+            assert identical(param.data, data - 0.5 * param.grad)
+            results.append("updated")
+    assert results[0] == results[1]
+
+
 def test_cpp_holds_what_python_would_list(monkeypatch):
     assert type(held.look_at(parameters(), key())) is held.Held
 
@@ -153,6 +237,18 @@ def test_the_headers_of_this_torch_say_what_the_names_promise():
     include = Path(torch.__file__).parent / "include"
     tensor_impl = (include / "c10/core/TensorImpl.h").read_text()
     assert re.search(r"^  const at::Tensor& grad\(\) const;", tensor_impl, re.MULTILINE)
+    # And csrc/words.h, NOTE [a form is words of an object].
+    members = re.findall(
+        r"^  (?:[\w:]+|std::optional<c10::Device>) (\w+_)(?: = \w+| : \d)?;", tensor_impl, re.MULTILINE
+    )
+    start, end = members.index("sizes_and_strides_"), members.index("key_set_")
+    numbers = ["sizes_and_strides_", "storage_offset_", "numel_", "data_type_", "device_opt_"]
+    assert members[start : start + len(numbers)] == numbers
+    assert all(
+        flag.startswith(("is_", "storage_access", "allow_", "reserved_", "has_", "custom_", "python_custom_"))
+        or flag.endswith("policy_")
+        for flag in members[start + len(numbers) : end]
+    )
     variable = (include / "torch/csrc/autograd/variable.h").read_text()
     assert re.search(r"TORCH_API void bump_version\(const Variable&", variable)
     assert re.search(r"^using Variable = at::Tensor;", variable, re.MULTILINE)
