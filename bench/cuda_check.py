@@ -15,6 +15,7 @@ import tempfile
 from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run as a script
@@ -43,6 +44,7 @@ class Kernel:
     spills: int = 0  # instructions that access local memory
     main_loop: list[str] = field(default_factory=list)  # the global accesses of the aligned main loop
     others: list[str] = field(default_factory=list)
+    is_read: bool = True  # or only what it needs is known
 
     @property
     def op(self) -> str:
@@ -138,7 +140,7 @@ def _chain(text: str, at: int) -> str:
     return text[text.rfind("/*", 0, last) : text.find("\n", last)]
 
 
-def _read_cubin(cubin: Path) -> list[Kernel]:
+def _read_cubin(cubin: Path, table: int | None) -> list[Kernel]:
     arch = binary.architecture(cubin)
     usage = binary.run(binary.find_tool("cuobjdump"), "-res-usage", cubin)
     found = re.findall(r"Function (\S+):\n\s*(.*)", usage)
@@ -148,7 +150,16 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
         kernels[name] = Kernel(
             arch, name, int(value["REG"]), int(value["STACK"]), int(value["LOCAL"]), int(value["SHARED"])
         )
-    text = binary.run(binary.find_tool("nvdisasm"), "-c", "-gi", cubin)
+    if not kernels:
+        return []
+    command = [binary.find_tool("nvdisasm"), "-c", "-gi"]
+    if table is not None:
+        entries = binary.entries(cubin)
+        for entry in entries:
+            kernels[entry.name].is_read = _table_size(entry.shown) in (None, table)
+        symbols = [str(entry.symbol) for entry in entries if kernels[entry.name].is_read]
+        command += ["-fun", ",".join(symbols)]
+    text = binary.run(*command, cubin)
     lines, rare = binary.main_loop_lines(), binary.one_by_one_lines()
     starts = {match.start(): kernels.get(match[1]) for match in re.finditer(r"^\.text\.(.+):$", text, re.MULTILINE)}
     at = list(starts)
@@ -166,12 +177,21 @@ def _read_cubin(cubin: Path) -> list[Kernel]:
     return list(kernels.values())
 
 
-def read_library(library: Path = LIBRARY) -> list[Kernel]:
-    """Every kernel of every architecture in a library that was compiled with -lineinfo."""
+def _table_size(shown: str) -> int | None:
+    found = re.search(r"Table<(\d+)>", shown)
+    return int(found[1]) if found else None
+
+
+def read_library(library: Path = LIBRARY, table: int | None = None) -> list[Kernel]:
+    """Every kernel of every architecture in a library that was compiled with -lineinfo.
+
+    The code of those with another size of table than ``table`` is not read: it is the same but for constants, and to
+    disassemble it takes most of the time.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubins = binary.extract(library, Path(folder))
         with ThreadPoolExecutor(2) as pool:
-            kernels = [kernel for found in pool.map(_read_cubin, cubins) for kernel in found]
+            kernels = [kernel for found in pool.map(_read_cubin, cubins, repeat(table)) for kernel in found]
     names = binary.demangled([kernel.name for kernel in kernels])
     for kernel in kernels:
         kernel.name = names[kernel.name]

@@ -19,13 +19,13 @@ from .conformance import (
     Inputs,
     copied,
     dtype_id,
+    every_pair,
     identical,
     load,
     outside,
     slices,
 )
 
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 HALF = pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
 
 # numpy, in Triton's interpreter, warns of what a GPU does without a word.
@@ -77,9 +77,7 @@ def like(tensors: list[Tensor], values: list[Tensor], dtype: torch.dtype) -> lis
     return [torch.empty_like(t, dtype=dtype).copy_(value) for t, value in zip(tensors, values, strict=True)]
 
 
-@EVERY_LAYOUT
-@HALF
-@pytest.mark.parametrize("op", ["perturb", "perturb_adaptive", "restore", *UPDATES])
+@every_pair(layout=LAYOUTS, dtype=HALVES, op=["perturb", "perturb_adaptive", "restore", *UPDATES])
 def test_with_masters_parameters_are_those_of_float32_rounded(backend, layout, dtype, op):
     """Bit for bit: float32 parameters that hold the masters take the same step.
 
@@ -109,9 +107,7 @@ def test_with_masters_parameters_are_those_of_float32_rounded(backend, layout, d
         assert identical(masters, before)
 
 
-@EVERY_LAYOUT
-@HALF
-@pytest.mark.parametrize("op", ["perturb", *UPDATES])
+@every_pair(layout=LAYOUTS, dtype=HALVES, op=["perturb", *UPDATES])
 def test_a_skipped_step_leaves_masters(backend, layout, dtype, op):
     """The perturbation changes nothing at all; the updates give the rounded masters back."""
     backend, device = backend
@@ -163,9 +159,7 @@ def identical_but_nan(a: Tensor, b: Tensor) -> bool:
     )
 
 
-@EVERY_LAYOUT
-@HALF
-@pytest.mark.parametrize("op", ["perturb", "perturb_adaptive", *UPDATES])
+@every_pair(layout=LAYOUTS, dtype=HALVES, op=["perturb", "perturb_adaptive", *UPDATES])
 def test_what_others_wrote_into_parameters_becomes_the_masters(backend, layout, dtype, op):
     """Bit for bit what comes out where the masters have been told."""
     backend, device = backend
@@ -188,9 +182,7 @@ def test_what_others_wrote_into_parameters_becomes_the_masters(backend, layout, 
         assert identical_but_nan(masters, expected)
 
 
-@EVERY_LAYOUT
-@HALF
-@pytest.mark.parametrize("op", ["perturb", *UPDATES])
+@every_pair(layout=LAYOUTS, dtype=HALVES, op=["perturb", *UPDATES])
 def test_what_others_wrote_outlives_a_skipped_step(backend, layout, dtype, op):
     """Parameters keep their bits and masters adopt them; a NaN that is the copy of a NaN leaves it its bits."""
     backend, device = backend
@@ -241,9 +233,7 @@ def positions(inputs: Inputs) -> list[Tensor]:
     return slices(torch.arange(inputs.numel), inputs)
 
 
-@EVERY_LAYOUT
-@HALF
-@pytest.mark.parametrize("op,with_backup", [("restore_sgd", True), ("restore_adam", False)])
+@every_pair(layout=LAYOUTS, dtype=HALVES, op__with_backup=[("restore_sgd", True), ("restore_adam", False)])
 def test_every_backend_draws_the_same_bits(backend, layout, dtype, op, with_backup):
     """The float32 update is what a call with masters leaves in them; it is rounded with storage.h's random bits."""
     backend, device = backend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,20 +140,20 @@ def _of_cubin(task: tuple[Path, str]) -> list[Figures]:
     return found
 
 
-def cubins(folder: Path) -> list[tuple[Path, str]]:
+def cubins(folder: Path, architectures: Sequence[str]) -> list[tuple[Path, str]]:
     """The cubins of a folder whose kernels are counted, and their type of parameters."""
     sources = {"fp32": "launch_float.", "bf16": "launch_bfloat16."}
     return [
         (cubin, dtype)
-        for arch in ARCHITECTURES
+        for arch in architectures
         for dtype, source in sources.items()
         for cubin in sorted(folder.glob(f"{source}*sm_{arch}.cubin"))
     ]
 
 
-def read(library: Path = binary.LIBRARY) -> list[Figures]:
-    """All figures of a library that was compiled with -lineinfo, for those of ARCHITECTURES that it holds."""
+def read(library: Path = binary.LIBRARY, architectures: Sequence[str] = ARCHITECTURES) -> list[Figures]:
+    """All figures of a library that was compiled with -lineinfo, for those of the architectures that it holds."""
     with tempfile.TemporaryDirectory() as folder:
         binary.extract(library, Path(folder))
         with ThreadPoolExecutor(2) as pool:
-            return [figures for found in pool.map(_of_cubin, cubins(Path(folder))) for figures in found]
+            return [figures for found in pool.map(_of_cubin, cubins(Path(folder), architectures)) for figures in found]

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from fsam_ext import SAM, FriendlySAM
 
-from ..conformance import identical
+from ..conformance import every_pair, identical
 from .ranks import run
 from .test_fsdp import sharded, tensor_parallel_model
 from .training import (
@@ -71,9 +71,11 @@ def inf_on_one_rank(base, kind, value, which):
     }
 
 
-@pytest.mark.parametrize("value", [math.inf, math.nan], ids=str)
-@pytest.mark.parametrize("kind, which", [("fsdp", 0), ("mixed", 0), ("mixed", -1)])
-@pytest.mark.parametrize("base", ["sgd", "adamw", "rmsprop"])
+@every_pair(
+    base=["sgd", "adamw", "rmsprop"],
+    kind__which=[("fsdp", 0), ("mixed", 0), ("mixed", -1)],
+    value=[math.inf, math.nan],
+)
 def test_one_rank_s_inf_skips_on_all(base, kind, which, value):
     """Also (-1) that of a parameter on a small mesh, which not every rank sums."""
     for outcome in run(4, inf_on_one_rank, base, kind, value, which):

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from fsam_ext import FriendlySAM
 from fsam_ext.step import distributed
 
-from ..conformance import identical
+from ..conformance import every_pair, identical
 from .ranks import run
 from .training import (
     SGD,
@@ -53,9 +53,7 @@ def trained(base, options, fsdp):
     return history, state_vector(optimizer, "fsam_ema"), {name: float(x) for name, x in optimizer.stats().items()}
 
 
-@pytest.mark.parametrize("reshard", [True, False], ids=["reshard", "keep"])
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("base", ["sgd", "adamw", "rmsprop"])
+@every_pair(base=["sgd", "adamw", "rmsprop"], world=[2, 4], reshard=[True, False])
 def test_equals_one_process_with_the_whole_batch(base, world, reshard):
     results = run(world, trained, base, {}, {"reshard_after_forward": reshard})
     alone, optimizer = train_alone(batches(STEPS), base)
@@ -110,9 +108,7 @@ def tensor_parallel(base, options, shards):
     return history, state_vector(optimizer, "fsam_ema"), float(optimizer.stats()["noise_norm"]), lies_on
 
 
-@pytest.mark.parametrize("options", [{}, {"adaptive": True, "sigma": 0.9}], ids=str)
-@pytest.mark.parametrize("base", ["sgd", "adamw"])
-@pytest.mark.parametrize("shards", [True, False], ids=["fsdp_x_tp", "tp"])
+@every_pair(shards=[True, False], base=["sgd", "adamw"], options=[{}, {"adaptive": True, "sigma": 0.9}])
 def test_mixed_meshes_and_replicated_parameters(shards, base, options):
     results = run(4 if shards else 2, tensor_parallel, base, options, shards)
     alone, optimizer = train_alone(batches(STEPS), base, wide_network(), **options)

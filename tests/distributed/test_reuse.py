@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..conformance import identical
+from ..conformance import every_pair, identical
 from .ranks import run
 from .test_communication import model_of
 from .test_fsdp import sharded
@@ -30,10 +30,10 @@ def trained(kind, base, options):
     return history, state_vector(optimizer, "fsam_reuse"), float(optimizer.param_groups[0]["fsam_reuse_sq"])
 
 
-@pytest.mark.parametrize("options", [{}, {"sigma": 0.0}], ids=str)
-@pytest.mark.parametrize("base", ["sgd", "adamw"])
-@pytest.mark.parametrize(
-    "kind, world", [("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("fsdp_x_tp", 4), ("tp", 2)]
+@every_pair(
+    kind__world=[("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("fsdp_x_tp", 4), ("tp", 2)],
+    base=["sgd", "adamw"],
+    options=[{}, {"sigma": 0.0}],
 )
 def test_equals_one_process_with_the_whole_batch(kind, world, base, options):
     results = run(world, trained, kind, base, options)

@@ -47,7 +47,7 @@ os._exit(0)  # torch's own threads may abort a process that ends while they do: 
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.large)])
 def test_torchrun(ranks, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
