@@ -104,10 +104,11 @@ gpu-check: ## on a GPU, with torch installed already: tests, bandwidth, steps, c
 sanitize: $(VENV)/.extra-dev ## run the conformance tests, and CUDA's kernels on the CPU, under AddressSanitizer and UBSan
 	FSAM_SANITIZE=1 $(BUILD) --build-lib $(SANITIZED)
 	preload=$$(ldd $(SANITIZED)/fsam_ext/_C.abi3.so | awk '/lib(asan|ubsan|stdc)/ {printf "%s ", $$3}') && \
-	LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	FSAM_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/fsam_ext \
+	export LD_PRELOAD="$$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  FSAM_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/fsam_ext && \
 	$(PY) -m pytest $(PARALLEL) --capture=sys -k "cpu-" tests/test_conformance.py tests/test_reuse_ops.py \
-	  tests/test_reuse_updates.py $(ARGS)
+	  tests/test_reuse_updates.py $(ARGS) && \
+	$(PY) -m pytest $(PARALLEL) --capture=sys tests/test_held.py tests/test_watch.py $(ARGS)
 	$(PY) -m pytest -m sanitizers tests/test_cuda_emulator.py
 
 wheel: $(VENV)/.extra-wheel ## a wheel for any Linux, Python and torch, and an sdist, in dist/

@@ -205,8 +205,8 @@ class Held {
   std::vector<Addresses> addresses_;
   Forms forms_;
   FormWords words_;
-  std::vector<uint64_t>
-      seen_;  // of each parameter and a gradient that an op may read: NOTE [a form is words of an object]
+  // Of each parameter and a gradient that an op may read: NOTE [a form is words of an object].
+  std::vector<uint64_t> seen_;
   std::vector<AtenTensorHandle> grads_;
   Arguments arguments_;  // empty where an op would refuse the parameters
   Found found_{};

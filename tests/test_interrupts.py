@@ -25,7 +25,7 @@ from .interrupts import CASES, Injector, a_third_of_them, each_line_once, every_
 QUICK = [(name, 1) for name in CASES]
 QUICK += [(name, 0) for name in ("AdamW closure", "SGD", "int8 average", "flattened", "reuse")]
 QUICK += [("reuse", 2), ("reuse closure", 2)]  # between two ascents, and where there is something to lose
-WHOLE = ("AdamW closure", "SGD", "other base", "masters", "reuse")
+WHOLE = ("AdamW closure", "SGD")
 
 
 @pytest.mark.parametrize("name, warm", QUICK, ids=lambda v: v if isinstance(v, str) else ("cold", "warm", "warmer")[v])
