@@ -11,6 +11,7 @@ over the few layers and steps here; a second gradient at the wrong weights shows
 from __future__ import annotations
 
 import copy
+import gc
 import io
 from collections.abc import Callable
 from typing import Any
@@ -267,6 +268,9 @@ def one_rank(device, tmp_path):
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1, **options)
     yield
+    # DDP's reducer must not be the last one to hold the group: it would end gloo's threads with the GIL held, for which
+    # one of them may wait. Then a later test that collects this one's garbage never ends.
+    gc.collect()
     dist.destroy_process_group()
 
 
