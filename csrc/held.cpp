@@ -22,10 +22,11 @@ const void* address_of(AtenTensorHandle tensor) {
   return layout == aoti_torch_layout_strided() ? ListedTensor(tensor).data_ptr() : nullptr;
 }
 
-// Whether a gradient's values can be read from its memory as they are. One that a subclass holds, that is zero without
-// memory, or whose sign is yet to be changed goes to the ops in a list, where the dispatcher makes it plain.
-bool is_plain(AtenTensorHandle grad) {
-  return (address_of(grad) || ListedTensor(grad).numel() == 0) && !fsam_is_negated(grad);
+// Whether a gradient's values can be read from its memory, at `address`, as they are. One that a subclass holds, that
+// is zero without memory, or whose sign is yet to be changed goes to the ops in a list, where the dispatcher makes it
+// plain.
+bool is_plain(AtenTensorHandle grad, const void* address) {
+  return (address || ListedTensor(grad).numel() == 0) && !fsam_is_negated(grad);
 }
 
 // Whether an op may read a gradient as it lies.
@@ -97,7 +98,7 @@ class Held {
 
   bool have_their_forms(bool in_place) {
     forget();
-    return all([this, in_place](size_t i) {
+    return all_tensors(params_.size(), [this, in_place](size_t i) {
       if (i + kFetchedAhead < params_.size()) fetch(params_[i + kFetchedAhead].get());
       return (!in_place || address_of(params_[i].get()) == addresses_[i].param) && forms_.holds(i, params_[i]);
     });
@@ -106,7 +107,7 @@ class Held {
   bool have_grads() {
     forget();
     std::atomic<bool> as_needed = !arguments_.table.rows.empty();
-    const bool result = all([&](size_t i) {
+    const bool result = all_tensors(params_.size(), [&](size_t i) {
       const auto grad = look(i);
       if (!grad || !as_needed.load(std::memory_order_relaxed)) return grad.has_value();
       if (grad->is_as_needed) {
@@ -124,7 +125,7 @@ class Held {
 
   bool in_place() {
     forget();
-    return all([this](size_t i) {
+    return all_tensors(params_.size(), [this](size_t i) {
       const auto grad = look(i);
       return grad && grad->is_as_needed && grad->address == addresses_[i].grad;
     });
@@ -184,21 +185,12 @@ class Held {
       const void* address = ListedTensor(grad).data_ptr();
       if (address && param.data_ptr() == addresses_[i].param) return Gradient{grad, address, true};
     }
-    if (!is_plain(grad) || address_of(param.get()) != addresses_[i].param || !forms_.holds(i, param)) return {};
+    const void* address = address_of(grad);
+    if (!is_plain(grad, address) || address_of(param.get()) != addresses_[i].param || !forms_.holds(i, param))
+      return {};
     const bool as_needed = is_as_needed(param, ListedTensor(grad));
     if (as_needed) seen_[i] = words;
-    return Gradient{grad, address_of(grad), as_needed};
-  }
-
-  // Whether holds(i) is true of each tensor.
-  template <class Holds>
-  bool all(const Holds& holds) const {
-    std::atomic<bool> result = true;
-    for_tensors(params_.size(), [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i)
-        if (!holds(i)) return result.store(false, std::memory_order_relaxed);
-    });
-    return result;
+    return Gradient{grad, address, as_needed};
   }
 
   TensorList params_;

@@ -1,10 +1,9 @@
 // Whether an optimizer's ``state``, a dict of dicts, holds just the objects that it held before, and each tensor lies
 // where it did: fsam_ext/state/watch.py, NOTE [identity, never equality]. Called through ctypes, with the GIL held.
-#include <atomic>
 #include <cstdint>
 #include <vector>
 
-#include "threads.h"
+#include "tensor_list.h"
 #include "words.h"
 
 // All that is needed of CPython, from its stable ABI. The process that loads this library has it; one that does not,
@@ -30,26 +29,12 @@ struct FsamKnownState {
 namespace fsam {
 namespace {
 
-// Entries or tensors; fewer are not worth waking a thread for.
-constexpr int64_t kPerTask = 256;
-
-// Whether holds(i) is true of each i below `size`.
-template <class Holds>
-bool all(int64_t size, const Holds& holds) {
-  std::atomic<bool> result = true;
-  for_parts(size, kPerTask, false, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      if (!holds(i, last)) return result.store(false, std::memory_order_relaxed);
-  });
-  return result;
-}
-
 // Whether each tensor lies where and how it was noted to.
 bool same_places(const FsamKnownState& known) {
   // They lie far apart, and a thread that asks for them early waits for many at once.
   constexpr int64_t kAhead = 32, kLine = 64 / sizeof(uint64_t);
-  return all(known.tensors, [&known](int64_t i, int64_t last) {
-    if (i + kAhead < last)
+  return all_tensors(known.tensors, [&known](int64_t i) {
+    if (i + kAhead < known.tensors)
       for (int64_t word = 0; word < known.words + kLine; word += kLine)  // they begin anywhere in a line
         __builtin_prefetch(known.objects[i + kAhead] + word);
     return known.places[i] == mixed(known.objects[i], known.words);
@@ -65,7 +50,7 @@ bool same_objects(PyObject* state, const FsamKnownState& known) {
   for (intptr_t i = 0; PyDict_Next(state, &i, &key, &entry); entries.push_back(entry))
     if (int64_t(entries.size()) == known.entries || key != known.keys[entries.size()]) return false;
   if (int64_t(entries.size()) != known.entries) return false;
-  return all(known.entries, [&](int64_t i, int64_t) {
+  return all_tensors(known.entries, [&](int64_t i) {
     auto next = known.contents + known.starts[i], end = known.contents + known.starts[i + 1];
     PyObject *name, *value;
     // An entry that is no dict has nothing that counts: nothing is next in it.

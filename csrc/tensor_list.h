@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 #include <vector>
 
@@ -42,6 +43,17 @@ constexpr int64_t kTensorsPerTask = 256;
 template <class Visit>
 void for_tensors(int64_t size, const Visit& visit) {
   for_parts(size, kTensorsPerTask, false, visit);
+}
+
+// Whether holds(i) is true of each i below `size`.
+template <class Holds>
+bool all_tensors(int64_t size, const Holds& holds) {
+  std::atomic<bool> result = true;
+  for_tensors(size, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      if (!holds(i)) return result.store(false, std::memory_order_relaxed);
+  });
+  return result;
 }
 
 // One tensor of a list: valid as long as the list.

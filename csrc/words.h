@@ -45,7 +45,7 @@ class FormWords {
   uint64_t of(AtenTensorHandle a, AtenTensorHandle b) const {
     const uint64_t *x = words_of(a), *y = words_of(b);
     if (first_ == 0 || x[0] > kDimensions || y[0] != x[0]) return 0;
-    return of(x) * kFactors[0] + of(y);
+    return form(x) * kFactors[0] + form(y);
   }
 
  private:
@@ -54,7 +54,7 @@ class FormWords {
   static constexpr int64_t kSizes = 1, kStrides = kSizes + kDimensions, kNumel = kStrides + kDimensions + 1;
   static constexpr int64_t kDtypeAndDevice = kNumel + 1, kKeys = kDtypeAndDevice + 1;
 
-  static uint64_t of(const uint64_t* words) {
+  static uint64_t form(const uint64_t* words) {
     const int64_t dim = words[0];  // what is kept for more of them has never been written
     return words[0] + mixed(words + kSizes, dim) + mixed(words + kStrides, dim) * kFactors[kDimensions] +
            mixed(words + kDtypeAndDevice, kKeys - kDtypeAndDevice + 1) * kFactors[2 * kDimensions];

@@ -61,3 +61,12 @@ def _seeded(request):
     if not torch.is_grad_enabled():
         torch.set_grad_enabled(True)  # for the tests that follow
         pytest.fail("it leaves gradients switched off")
+
+
+@pytest.fixture
+def three_threads():
+    """Among which looks and ops share more than 256 tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from bench.sass import calls
+from bench.sass import calls, figures
 from bench.sass.binary import Entry
 from bench.sass.calls import Kernel, Row
 from bench.sass.machine import Memory
@@ -13,6 +14,9 @@ from bench.sass.walk import Walk
 from fsam_ext.backends import ops
 
 from .cuda_problem import Problem
+
+# Those whose code is walked: sm_80's with -m large.
+ARCHITECTURES = [pytest.param(arch, marks=pytest.mark.large if arch == "80" else ()) for arch in figures.ARCHITECTURES]
 
 
 def place(memory: Memory, tensor: torch.Tensor) -> int:

@@ -15,11 +15,11 @@ from fsam_ext.backends import ops
 
 LIBRARY = _library.LIBRARY_DIR / "_C_cuda.abi3.so"
 ARCHITECTURES = {capability.replace(".", "") for capability in _cuda_matrix.ARCHITECTURES}
+TABLE = 256  # the one size that every kind of kernel has
 # Three sizes of table; norm (plain, adaptive), perturbation, average, restore, SGD, Adam: for float64, for float32
 # (averages of three types, or none), for each 16-bit type (masters, too); a sum_slots for each of the four;
 # and a count_steps for each type of state. One size of table for what reuses gradients: dots and project, averages that
 # give the norm, SGD, Adam.
-TABLE = 256
 REUSING = (2 + 1 + 1 + 1) + (2 + 3 + 1 + 1) + 2 * (2 + 3 + 2 + 2)
 KERNELS = 3 * ((4 + 2 + 1 + 1 + 2 + 1) + (8 + 4 + 3 + 1 + 2 + 1) + 2 * (8 + 8 + 3 + 2 + 4 + 2)) + 4 + 2 + REUSING
 
@@ -38,7 +38,7 @@ def kernels():
 @pytest.fixture(scope="module")
 def passes(kernels):
     found = [kernel for kernel in kernels if kernel.is_pass and kernel.is_read]
-    # All kinds of kernels have this size of table; the others are the same code (make cuda-check reads it all).
+    # The others are the same code (make cuda-check reads it all).
     kinds = {(kernel.arch, re.sub(r"Table<\d+>", "", kernel.name)) for kernel in kernels if kernel.is_pass}
     assert len(found) == len(kinds)
     return found

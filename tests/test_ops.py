@@ -114,12 +114,9 @@ def test_opcheck(name, op, kind):
 
 
 @pytest.mark.parametrize("op, kind", EVERY_CALL)
-def test_compile_fullgraph(op, kind):
-    """A compiled function that calls an op mutates the same tensors to the same bits.
-
-    Of one backend: test_opcheck asks of each whether its ops have the schema that a compiler goes by.
-    """
-    name = "cpu"
+@pytest.mark.parametrize("name", [name for name in DISPATCHED if name != "cuda_emulated"])  # registered as cpu's are
+def test_compile_fullgraph(name, op, kind):
+    """A compiled function that calls an op mutates the same tensors to the same bits."""
     torch._dynamo.reset()  # its limit of recompilations counts all parametrisations together
     run = getattr(BACKENDS[name](), op)
     eager = call_of(op, kind, DEVICE[name])

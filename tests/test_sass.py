@@ -22,7 +22,7 @@ from fsam_ext.backends import resolve
 
 from . import cuda_emulation
 from .cuda_problem import Problem, bits, same_bits
-from .sass_problem import execute
+from .sass_problem import ARCHITECTURES, execute
 
 # A warp's rows and a block's (two of them, so that a block has to look for its row), ends inside of groups and pieces,
 # two chunks.
@@ -65,7 +65,7 @@ def programs_of(arch: str) -> dict:
     return found
 
 
-@pytest.fixture(params=[pytest.param("80", marks=pytest.mark.large), "90", "100"])
+@pytest.fixture(params=ARCHITECTURES)
 def programs(request):
     return programs_of(request.param)
 

@@ -102,16 +102,9 @@ def test_an_edit_of_entries_is_seen(edit, language):
     assert not look.holds(state, in_place=False)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
+@pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("count", (1, 255, 256, 257, 1500))
-def test_an_edit_of_any_of_many_is_seen_by_several_threads(count, language, threads):
+def test_an_edit_of_any_of_many_is_seen_by_several_threads(count, language):
     optimizer, look = watched([(2, 2)] * count)
     params = list(optimizer.state)
     for number in sorted({0, count // 3, count - 1}):

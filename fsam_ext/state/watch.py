@@ -19,8 +19,8 @@ from __future__ import annotations
 import ctypes
 import weakref
 from array import array
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -42,26 +42,24 @@ class Watch:
 
     def __init__(self, state: Any, names: tuple[str, ...] | None, parts: Iterable[TensorWeakRef]) -> None:
         self._lost: list[Any] = []
-        contents = [_contents(entry, names) for entry in state.values()]
-        values = [value for names_and_values in contents for value in names_and_values[1::2]]
+        values = list(_values(state, names))
         things = [*values, *(part() for part in parts)]
         self._references = [weakref.ref(thing, self._lost.append) for thing in things if isinstance(thing, Tensor)]
         # Kept, lest another object get the address of one of them. Values are not: they may go, and say so.
-        self._keys = list(state), [name for names_and_values in contents for name in names_and_values[::2]]
+        self._keys = list(state), [name for entry in state.values() if isinstance(entry, dict) for name in entry]
         in_c = names is None and _HOLDS is not None and all(map(_lies_in_words, filter(_is_somewhere, values)))
-        self._look = _LookInC(state, contents) if in_c else _Look(state, names)
+        self._look = _LookInC(state) if in_c else _Look(state, names)
 
     def holds(self, state: Any, in_place: bool = True) -> bool:
         """Whether ``state`` holds what it did; where ``in_place``, each tensor where and as it lay, too."""
         return not self._lost and self._look.holds(state, in_place)
 
 
-def _contents(entry: Any, names: tuple[str, ...] | None) -> list[Any]:
-    """The names and values of an entry that count, in turn. One that is no dict has nothing that does."""
-    if not isinstance(entry, dict):
-        return []
-    items = entry.items() if names is None else ((name, entry.get(name)) for name in names)
-    return [thing for item in items for thing in item]
+def _values(state: Any, names: tuple[str, ...] | None) -> Iterator[Any]:
+    """What counts in ``state``. An entry that is no dict has nothing that does."""
+    for entry in state.values():
+        if isinstance(entry, dict):
+            yield from map(entry.get, entry if names is None else names)
 
 
 def _is_somewhere(value: Any) -> bool:
@@ -84,13 +82,27 @@ class _Look:
         return not in_place or self._places == self._find_places(state)
 
     def _find_objects(self, state: Any) -> array[int]:
-        return array(
-            "Q", (id(thing) for key, entry in state.items() for thing in (key, *_contents(entry, self._names)))
-        )
+        return array("Q", self._addresses(state))
+
+    def _addresses(self, state: Any) -> Iterator[int]:
+        for key, entry in state.items():
+            yield id(key)
+            if not isinstance(entry, dict):
+                continue
+            if self._names is not None:
+                yield from map(id, map(entry.get, self._names))
+                continue
+            for name, value in entry.items():
+                yield id(name)
+                yield id(value)
 
     def _find_places(self, state: Any) -> list[Any]:
-        values = (value for entry in state.values() for value in _contents(entry, self._names)[1::2])
-        return [(address(value), value.shape, value.stride()) for value in values if _is_somewhere(value)]
+        return list(map(_place, _values(state, self._names)))
+
+
+def _place(value: Any) -> Any:
+    """Where a tensor is and how it lies; None for what is none."""
+    return (address(value), value.shape, value.stride()) if _is_somewhere(value) else None
 
 
 # ---- In C ----------------------------------------------------------------------------------------------------------
@@ -115,7 +127,7 @@ def _find_words() -> _Words | None:
     """None where they were not found: then each tensor is asked, in Python."""
     tensor = torch.empty(2, 3, 5, 7, 11, device="cpu")
     lies = [*tensor.shape, *tensor.stride()]
-    words = (ctypes.c_uint64 * 20).from_address(tensor._cdata)  # an object has more
+    words = (ctypes.c_uint64 * 20).from_address(tensor._cdata)  # an object has more; csrc/words.h, kFactors
     storage = tensor.untyped_storage()._cdata
     first = next((i for i, word in enumerate(words) if word == storage), len(words))
     last = next((i for i in range(first, len(words)) if words[i : i + len(lies)] == lies), None)
@@ -147,16 +159,19 @@ class _KnownState(ctypes.Structure):
 class _LookInC:
     """The same comparison in C: a tenth of the time."""
 
-    def __init__(self, state: Any, contents: Sequence[list[Any]]) -> None:
-        things = [thing for names_and_values in contents for thing in names_and_values]
-        tensors = array("Q", (t._cdata + _WORDS.offset for t in filter(_is_somewhere, things)))
-        places = array("Q", tensors)
-        keys, starts = array("Q", map(id, state)), array("q", accumulate(map(len, contents), initial=0))
-        self._arrays = keys, starts, array("Q", map(id, things)), tensors, places
-        keys, starts, contents, tensors, places = (one.buffer_info()[0] for one in self._arrays)
-        self._known = _KnownState(
-            len(state), keys, starts, contents, len(self._arrays[3]), _WORDS.count, tensors, places
-        )
+    def __init__(self, state: Any) -> None:
+        contents = [list(chain(*entry.items())) if isinstance(entry, dict) else [] for entry in state.values()]
+        things = list(chain(*contents))
+        tensors = array("Q", (thing._cdata + _WORDS.offset for thing in things if _is_somewhere(thing)))
+        self._arrays = {
+            "keys": array("Q", map(id, state)),
+            "starts": array("q", accumulate(map(len, contents), initial=0)),
+            "contents": array("Q", map(id, things)),
+            "objects": tensors,
+            "places": array("Q", tensors),  # of as many; filled now
+        }
+        at = {name: numbers.buffer_info()[0] for name, numbers in self._arrays.items()}
+        self._known = _KnownState(entries=len(state), tensors=len(tensors), words=_WORDS.count, **at)
         _NOTE(self._known)
 
     def holds(self, state: Any, in_place: bool) -> bool:
